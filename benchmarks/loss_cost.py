@@ -1,0 +1,149 @@
+"""What one loss term costs: forward and backward time, and peak memory, side by side in one run.
+
+    python benchmarks/loss_cost.py [--device cuda] [--threads 2] [--batch 4] [--height 64] [--width 128] ...
+
+Student and teacher maps are leaves; the student's gradient is computed, as in training. Memory is what the step
+allocates above its inputs at its peak: from the CUDA allocator on a GPU, and on a CPU from the running sum of the
+profiler's allocation events (one step, not the timed ones).
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from gskd.losses import GSKDLoss, KDLoss, MSELoss, Pixels
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {
+        "batch": 4,
+        "student-channels": 128,
+        "teacher-channels": 256,
+        "height": 64,
+        "width": 128,
+        "classes": 19,
+        "samples-per-class": 8,
+        "threads": 1,
+        "repeats": 30,
+        "seed": 0,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--device", default="cpu", help="default cpu")
+    parser.add_argument("--layout", choices=("contiguous", "channels_last"), default="contiguous")
+    return parser.parse_args()
+
+
+def street_labels(args: argparse.Namespace) -> Tensor:
+    """Labels in blobs of every class, and 5 % ignored, at four times the features' resolution."""
+    coarse = torch.randint(args.classes, (args.batch, args.height // 8, args.width // 8))
+    labels = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)
+    labels[torch.rand(labels.shape) < 0.05] = 255
+    return labels.to(args.device)
+
+
+def peak_memory(step: Callable[[], None], device: str) -> float:
+    """MiB that one step allocates above what is there before."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    held = highest = 0
+    for event in sorted(
+        (e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest / 2**20
+
+
+def commit() -> str:
+    def git(*words: str) -> str:
+        where = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, check=False).stdout.strip()
+
+    return (git("rev-parse", "--short", "HEAD") or "none") + (" (modified)" if git("status", "--porcelain") else "")
+
+
+def processor(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    memory_format = torch.channels_last if args.layout == "channels_last" else torch.contiguous_format
+
+    def maps(channels: int, grad: bool = False) -> Tensor:
+        made = torch.randn(args.batch, channels, args.height, args.width, device=args.device)
+        return made.contiguous(memory_format=memory_format).requires_grad_(grad)
+
+    labels = street_labels(args)
+    # A teacher that is right on about nine pixels in ten.
+    truth = Pixels(labels, num_classes=args.classes).labels_at((args.height, args.width)).clamp(max=args.classes - 1)
+    teacher_logits = maps(args.classes) + 5.5 * nn.functional.one_hot(truth, args.classes).permute(0, 3, 1, 2)
+    teacher_logits = teacher_logits.contiguous(memory_format=memory_format)
+    student_logits = maps(args.classes, grad=True)
+    student, teacher = maps(args.student_channels, grad=True), maps(args.teacher_channels)
+    widths = {"student_channels": args.student_channels, "teacher_channels": args.teacher_channels}
+    terms: dict[str, tuple[nn.Module, Tensor, Tensor]] = {
+        "KD, per pixel": (KDLoss(), student_logits, teacher_logits),
+        "feature MSE, 1x1 projector": (MSELoss(**widths), student, teacher),
+        "GSKD": (GSKDLoss(args.samples_per_class), student, teacher),
+        "GSKD, projector": (GSKDLoss(args.samples_per_class, projector=True, **widths), student, teacher),
+    }
+
+    def step(term: nn.Module, leaf: Tensor, target: Tensor) -> None:
+        leaf.grad = None
+        term.zero_grad(set_to_none=True)
+        # Fresh every time: the first term of a step pays for the labels and the teacher's prediction.
+        term(leaf, target, Pixels(labels, teacher_logits)).backward()
+        if args.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    times: dict[str, list[float]] = {name: [] for name in terms}
+    for term, _, _ in terms.values():
+        term.to(args.device)
+    for repeat in range(args.repeats + 3):
+        for name, inputs in terms.items():  # in turn, so that a busy moment hits all alike
+            start = time.perf_counter()
+            step(*inputs)
+            if repeat >= 3:
+                times[name].append(time.perf_counter() - start)
+
+    print(f"{processor(args.device)}, {args.threads} threads; torch {torch.__version__}; commit {commit()}")
+    print(f"B {args.batch}, C {args.teacher_channels} -> {args.student_channels}, {args.height}x{args.width}, ", end="")
+    print(f"{args.classes} classes, N {args.samples_per_class}, {args.layout}; median of {args.repeats}")
+    print(f"{'term':28s}{'ms':>8s}{'fastest':>9s}{'x KD':>7s}{'peak MiB':>10s}")
+    kd = median(times["KD, per pixel"])
+    for name, inputs in terms.items():
+        inputs[1].grad = None
+        middle = median(times[name])
+        memory = peak_memory(lambda inputs=inputs: step(*inputs), args.device)
+        print(f"{name:28s}{1e3 * middle:8.2f}{1e3 * min(times[name]):9.2f}{middle / kd:7.2f}{memory:10.1f}")
+
+
+if __name__ == "__main__":
+    main()

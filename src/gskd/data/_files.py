@@ -1,0 +1,152 @@
+"""Finding image and mask files that belong together, and decoding them: what the datasets on disk are made of.
+
+Everything is decoded with Pillow, as stored: an EXIF orientation is never applied, because masks carry none and the
+pair would come apart.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from gskd.errors import GSKDError, near_names
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+MASK_SUFFIXES = (".png",)
+
+SHOWN = 5  # how many names, values or colours an error message lists before it only counts
+
+# What Pillow's decoders let through for damaged files, beyond OSError.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+# Finding files
+
+
+def match_pairs(images: Path, masks: Path) -> tuple[list[Path], list[Path], tuple[str, ...]]:
+    """Image paths, their mask paths in the same order, and the names of masks that no image has."""
+    image_of = _by_stem(images, IMAGE_SUFFIXES, "image")
+    mask_of = _by_stem(masks, MASK_SUFFIXES, "mask")
+    bare = [path.name for stem, path in image_of.items() if stem not in mask_of]
+    if bare:
+        raise GSKDError(
+            f"{images}: {len(bare)} of {count(len(image_of), 'image')} without a mask in {masks}: {few(bare)}"
+        )
+    unused = tuple(path.name for stem, path in mask_of.items() if stem not in image_of)
+    return list(image_of.values()), [mask_of[stem] for stem in image_of], unused
+
+
+def _by_stem(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, Path]:
+    """The folder's files with one of the suffixes, by stem in sorted order."""
+    if not folder.is_dir():
+        raise GSKDError(_missing_folder(folder, what))
+    found: dict[str, Path] = {}
+    for path in _files(folder, suffixes):
+        other = found.setdefault(path.stem, path)
+        if other is not path:
+            raise GSKDError(
+                f"{folder}: {other.name} and {path.name} share the stem {path.stem!r}, so {what}s are ambiguous"
+            )
+    if not found:
+        raise GSKDError(_empty_folder(folder, suffixes, what))
+    return dict(sorted(found.items()))
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    found = (p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    return sorted(p for p in found if p.is_file())
+
+
+def _missing_folder(folder: Path, what: str) -> str:
+    missing = folder
+    while not missing.parent.is_dir() and missing.parent != missing:
+        missing = missing.parent
+    siblings = sorted(p.name for p in missing.parent.iterdir() if p.is_dir()) if missing.parent.is_dir() else []
+    place = "it" if missing == folder else str(missing)
+    reason = "is not a folder" if missing.exists() else "does not exist"
+    return f"{what} folder {folder}: {place} {reason}{near_names(missing.name, siblings)}"
+
+
+def _empty_folder(folder: Path, suffixes: tuple[str, ...], what: str) -> str:
+    message = f"{what} folder {folder} holds no {what} ({', '.join(suffixes)})"
+    full = [p.name for p in sorted(folder.parent.iterdir()) if p.is_dir() and p != folder and _files(p, suffixes)]
+    lower = {name.lower(): name for name in full}
+    own = folder.name.lower()
+    near = [n for low, n in lower.items() if own in low or low in own]
+    near += [lower[low] for low in get_close_matches(own, lower, cutoff=0.5) if lower[low] not in near]
+    if near:
+        return f"{message}; beside it {few(near)} {'does' if len(near) == 1 else 'do'}"
+    inner = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and _files(p, suffixes)]
+    if inner:
+        return f"{message} itself, but its subfolders do ({few(inner)}); subfolders are not read"
+    return message
+
+
+# Reading files
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8, writable, from any colour mode; transparency is dropped."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion would clip at 255
+                grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+                return np.repeat(grey[:, :, None], 3, axis=2)
+            # From a palette straight to RGB, Pillow warns about transparency.
+            return np.array((image.convert("RGBA") if image.mode == "P" else image).convert("RGB"))
+    except _DECODE_ERRORS as error:
+        raise GSKDError(f"{path}: not a readable image: {_one_line(error)}") from error
+
+
+def read_index(path: Path) -> np.ndarray:
+    """(H, W) stored values of a single-channel mask, uint8 to int32; a palette PNG gives its indices."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+                raise GSKDError(
+                    f"{path}: the mask is {image.mode}, expected one channel of class indices; "
+                    "for colours set mask_kind to 'colour'"
+                )
+            values = np.array(image).astype(np.uint8) if image.mode == "1" else np.array(image)
+            # Pillow stretches 2 and 4-bit greyscale to 0..255. Byte 24 of a PNG is its bit depth.
+            depth = _png_bit_depth(path) if image.mode == "L" and image.format == "PNG" else 8
+    except GSKDError:
+        raise
+    except _DECODE_ERRORS as error:
+        raise GSKDError(f"{path}: not a readable mask: {_one_line(error)}") from error
+    return values // (255 // (2**depth - 1)) if depth < 8 else values
+
+
+def _png_bit_depth(path: Path) -> int:
+    with path.open("rb") as file:
+        return file.read(25)[24]
+
+
+def read_colour(path: Path) -> np.ndarray:
+    """(H, W) uint32 colours, 0xRRGGBB."""
+    rgb = read_rgb(path).astype(np.uint32)
+    return rgb[:, :, 0] << 16 | rgb[:, :, 1] << 8 | rgb[:, :, 2]
+
+
+# Words for messages
+
+
+def few(names: Iterable[str]) -> str:
+    """The first of the names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def count(n: int, noun: str) -> str:
+    """ "1 pixel", "2 pixels"."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

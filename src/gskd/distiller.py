@@ -1,0 +1,178 @@
+"""Student, frozen teacher and named terms -> one loss (models -> taps -> losses -> distiller -> trainer).
+
+Usable in anyone's loop::
+
+    distiller = Distiller(student, teacher, {"gskd": Term(GSKDLoss(), weight=10, student="decoder", teacher="decoder")})
+    optimizer = torch.optim.AdamW(distiller.parameters())
+    for images, labels in loader:
+        result = distiller(images, labels)
+        result.loss.backward()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gskd.data import IGNORE
+from gskd.distributed import mean_over_processes
+from gskd.errors import GSKDError
+from gskd.losses import Pixels
+from gskd.losses._pixels import match_size
+from gskd.models import freeze
+from gskd.taps import Taps, auto_tap, logits_of
+
+
+@dataclass
+class Term:
+    """One distillation term: a loss, where it reads, and its weight.
+
+    Attributes:
+        loss: a module called as ``loss(student, teacher, pixels)`` that returns a scalar, such as `GSKDLoss`. Its parameters
+            (a projector) are trained with the student and are no part of it.
+        weight: factor of the term in the total loss.
+        student: layer of the student by dotted name, ``"logits"`` for its output, or ``"auto"``, see `gskd.taps.auto_tap`.
+        teacher: layer of the teacher, likewise.
+    """
+
+    loss: nn.Module
+    weight: float = 1.0
+    student: str = "auto"
+    teacher: str = "auto"
+
+
+class TermValue(NamedTuple):
+    """A term's value in one step, both detached scalars."""
+
+    raw: Tensor
+    """Before its weight."""
+    weighted: Tensor
+    """As it enters the total."""
+
+
+class Distillation(NamedTuple):
+    """What one forward pass of a `Distiller` returns."""
+
+    loss: Tensor
+    """Scalar, the sum of the task loss and all weighted terms, to call ``backward`` on."""
+    terms: dict[str, TermValue]
+    """Values by term; ``"task"`` is the task loss."""
+    logits: Tensor
+    """The student's (B, K, h, w), as it gave them."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Per-pixel cross-entropy, mean over the labelled pixels of all processes, in fp32.
+
+    Args:
+        logits: (B, K, h, w), brought to the labels' size (bilinear) where it differs.
+        labels: (B, H, W) int64; `IGNORE` does not count. A batch without labelled pixels gives a differentiable zero.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = match_size(logits, labels.shape[-2:])
+        total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+        return mean_over_processes(total, (labels != IGNORE).sum())
+
+
+class Distiller(nn.Module):
+    """Trains a student against the labels and, term by term, against a frozen teacher.
+
+    ``parameters()`` and ``state_dict()`` hold the student and the terms' projectors, never the teacher. The teacher is put in
+    eval mode before each step, runs without gradient, and its parameters are set not to require one; it moves with the
+    distiller's ``to``.
+
+    Args:
+        student: the network to train.
+        teacher: the network to learn from; None trains the student alone.
+        terms: the distillation terms by name. ``"task"`` is taken.
+        task_loss: called as ``task_loss(logits, labels)``; by default `cross_entropy`. None leaves the labels' loss to you.
+        teacher_dtype: dtype of autocast around the teacher; None leaves autocast as it is around the call.
+
+    Raises:
+        GSKDError: terms without a teacher, a layer that does not exist, or no automatic choice of layer for this model.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        terms: Mapping[str, Term] | None = None,
+        *,
+        task_loss: Callable[[Tensor, Tensor], Tensor] | None = cross_entropy,
+        teacher_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        terms = dict(terms or {})
+        if terms and teacher is None:
+            raise GSKDError(f"terms {', '.join(map(repr, terms))}: need a teacher, got none")
+        if "task" in terms:
+            raise GSKDError("terms: the name 'task' is taken by the loss against the labels")
+        if task_loss is None and not terms:
+            raise GSKDError("distiller: expected a task loss or at least one term, got neither")
+        self.student = student
+        self.losses = nn.ModuleDict({name: term.loss for name, term in terms.items()})
+        self.task_loss = task_loss
+        self.weights = {name: float(term.weight) for name, term in terms.items()}
+        # In a tuple, so that nn.Module does not see the teacher: it must not appear in parameters(), state_dict() or train().
+        self._teacher = (freeze(teacher),) if teacher is not None else ()
+        self.teacher_dtype = teacher_dtype
+        self.student_layers = {name: _layer(student, term.student, term.loss) for name, term in terms.items()}
+        self.teacher_layers = {
+            name: _layer(self._teacher[0], term.teacher, term.loss) for name, term in terms.items()
+        }
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The frozen teacher."""
+        return self._teacher[0] if self._teacher else None
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Distiller:
+        for teacher in self._teacher:
+            teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def forward(self, images: Tensor, labels: Tensor, teacher_images: Tensor | None = None) -> Distillation:
+        """One training step's forward pass.
+
+        Args:
+            images: (B, 3, H, W), normalised as the student wants them.
+            labels: (B, H, W) int64, `IGNORE` where nothing counts.
+            teacher_images: the same views normalised as the teacher wants them, where that differs.
+        """
+        with Taps(self.student, list(dict.fromkeys(self.student_layers.values()))) as student_taps:
+            logits = logits_of(self.student(images))
+        losses: list[Tensor] = []
+        terms: dict[str, TermValue] = {}
+        if self.task_loss is not None:
+            losses.append(self.task_loss(logits, labels))
+            terms["task"] = TermValue(losses[0].detach(), losses[0].detach())
+        if self.losses:
+            teacher_logits, teacher_taps = self._teach(images if teacher_images is None else teacher_images)
+            pixels = Pixels(labels, teacher_logits)
+            for name, loss in self.losses.items():
+                raw = loss(student_taps[self.student_layers[name]], teacher_taps[self.teacher_layers[name]], pixels)
+                losses.append(self.weights[name] * raw)
+                terms[name] = TermValue(raw.detach(), losses[-1].detach())
+        return Distillation(torch.stack(losses).sum(), terms, logits)
+
+    @torch.no_grad()
+    def _teach(self, images: Tensor) -> tuple[Tensor, Taps]:
+        teacher = self._teacher[0].eval()  # each step: somebody's callback may have called train() on it
+        kind, dtype = images.device.type, self.teacher_dtype
+        enabled = torch.is_autocast_enabled(kind) if dtype is None else dtype != torch.float32
+        if dtype is None or dtype == torch.float32:
+            dtype = torch.get_autocast_dtype(kind)
+        with (
+            torch.autocast(kind, dtype=dtype, enabled=enabled),
+            Taps(teacher, list(dict.fromkeys(self.teacher_layers.values()))) as taps,
+        ):
+            return logits_of(teacher(images)), taps
+
+
+def _layer(model: nn.Module, name: str, loss: nn.Module) -> str:
+    return auto_tap(model, getattr(loss, "inputs", "features")) if name == "auto" else name

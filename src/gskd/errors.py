@@ -1,0 +1,29 @@
+"""The one exception that tells a user what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class GSKDError(ValueError):
+    """Something the user can put right: a recipe, a file, a shape, a name.
+
+    The message names the thing, what was found and what was expected. The command line prints it in one line and exits 2.
+    """
+
+
+def near_names(name: str, known: Iterable[str], most: int = 5) -> str:
+    """A closing clause that lists the names nearest to ``name``, for the end of an error message.
+
+    Returns:
+        ``"; did you mean 'a', 'b'?"``, or where nothing is near ``"; known: 'a', 'b', ..."`` with at most ``most`` names.
+    """
+    known = list(dict.fromkeys(known))
+    near = get_close_matches(name, known, n=most, cutoff=0.5)
+    # A dotted name whose last part was misspelt is far from its neighbours as a whole: look at the tail as well.
+    near += [k for k in known if k not in near and name and k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    if near:
+        return "; did you mean " + ", ".join(repr(k) for k in near[:most]) + "?"
+    shown = ", ".join(repr(k) for k in known[:most])
+    return f"; known: {shown}{', ...' if len(known) > most else ''}" if known else ""

@@ -1,0 +1,152 @@
+"""Scoring a model on a split: whole image or windows, scales and flips averaged, always at the labels' own resolution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gskd.data import IGNORE, SegmentationDataset
+from gskd.distributed import rank, world_size
+from gskd.metrics import ConfusionMatrix, Score
+from gskd.models import normalise
+from gskd.taps import logits_of
+
+DIVISOR = 32
+"""Images are padded to a multiple of this, the deepest stride of the usual encoders, and logits cropped back."""
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How logits are made for one image.
+
+    Attributes:
+        mode: the whole image at once, or ``"slide"`` over it with windows.
+        window: (height, width) of the windows, in pixels of the scaled image.
+        overlap: least share of a window that its neighbour covers again; overlapping logits are averaged.
+        scales: factors the image is scaled by; softmax probabilities are averaged over them, and over flips.
+        flip: average with the mirrored image.
+        mean, std: of the model, see `gskd.models.normalise`.
+        dtype: of autocast; float32 runs without.
+    """
+
+    mode: Literal["whole", "slide"] = "whole"
+    window: tuple[int, int] = (512, 512)
+    overlap: float = 0.33
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    mean: Sequence[float] = (0.485, 0.456, 0.406)
+    std: Sequence[float] = (0.229, 0.224, 0.225)
+    dtype: torch.dtype = torch.float32
+
+
+@torch.no_grad()
+def predict(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
+    """Class scores of one image.
+
+    Args:
+        model: in eval mode.
+        image: (3, H, W) uint8 RGB on the model's device.
+        inference: how.
+
+    Returns:
+        (K, H, W) float32: logits for one scale without flip, else mean probabilities. Only their order is the same thing.
+    """
+    images = normalise(image[None], inference.mean, inference.std)
+    size = (image.shape[1], image.shape[2])
+    single = len(inference.scales) == 1 and not inference.flip
+    total: Tensor | None = None
+    for scale in inference.scales:
+        scaled = images
+        if scale != 1.0:
+            target = [max(1, round(side * scale)) for side in size]
+            scaled = F.interpolate(images, target, mode="bilinear", align_corners=False, antialias=scale < 1)
+        for flipped in (False, True) if inference.flip else (False,):
+            logits = _logits(model, scaled.flip(-1) if flipped else scaled, inference)
+            logits = logits.flip(-1) if flipped else logits
+            if logits.shape[-2:] != size:
+                logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+            if single:
+                return logits[0]
+            total = logits.softmax(1) if total is None else total + logits.softmax(1)
+    assert total is not None
+    return total[0] / (len(inference.scales) * (1 + inference.flip))
+
+
+def _logits(model: nn.Module, images: Tensor, inference: Inference) -> Tensor:
+    if inference.mode == "whole":
+        return _padded_logits(model, images, inference.dtype)
+    height, width = images.shape[-2:]
+    window = (min(inference.window[0], height), min(inference.window[1], width))
+    total: Tensor | None = None
+    count = torch.zeros(1, 1, height, width, device=images.device)
+    for top in _starts(height, window[0], inference.overlap):
+        for left in _starts(width, window[1], inference.overlap):
+            part = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+            logits = _padded_logits(model, images[part], inference.dtype)
+            if total is None:
+                total = logits.new_zeros(1, logits.shape[1], height, width)
+            total[part] += logits
+            count[part] += 1
+    assert total is not None
+    return total / count
+
+
+def _starts(length: int, window: int, overlap: float) -> list[int]:
+    """Evenly spaced window starts that reach both borders and overlap by at least the share asked."""
+    if length <= window:
+        return [0]
+    count = math.ceil((length - window) / max(1, window * (1 - overlap))) + 1
+    return [round(i * (length - window) / (count - 1)) for i in range(count)]
+
+
+def _padded_logits(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
+    height, width = images.shape[-2:]
+    images = F.pad(images, (0, -width % DIVISOR, 0, -height % DIVISOR))  # zero is the mean colour
+    with torch.autocast(images.device.type, dtype=torch.bfloat16 if dtype == torch.float32 else dtype, enabled=dtype != torch.float32):
+        logits = logits_of(model(images)).float()
+    if logits.shape[-2:] != images.shape[-2:]:
+        logits = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
+    return logits[..., :height, :width]
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: SegmentationDataset,
+    inference: Inference | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Score:
+    """Scores a model on a whole dataset; several processes share the samples and all get the same score.
+
+    The model is left in the mode it was in.
+
+    Args:
+        model: gives logits for the dataset's classes.
+        dataset: see `gskd.data.SegmentationDataset`.
+        inference: how logits are made; by default the whole image once.
+        on_progress: called as ``on_progress(done, total)`` after each sample of this process.
+    """
+    inference = inference or Inference()
+    device = next(model.parameters(), torch.zeros(())).device
+    confusion = ConfusionMatrix(len(dataset.classes), device)
+    mine = range(rank(), len(dataset), world_size())
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for done, index in enumerate(mine, 1):
+            sample = dataset[index]
+            image = torch.from_numpy(sample.image).to(device).permute(2, 0, 1)
+            label = torch.from_numpy(sample.label).to(device)
+            label = label.long().masked_fill(label == IGNORE, -1)
+            confusion.update(predict(model, image, inference).argmax(0), label)
+            if on_progress is not None:
+                on_progress(done, len(mine))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return confusion.score()

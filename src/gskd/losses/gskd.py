@@ -1,0 +1,314 @@
+"""Global structural knowledge distillation: the student keeps the similarities between far-apart pixels of all classes.
+
+Park, Ahn, Choi, Min, "Global Structural Knowledge Distillation for Semantic Segmentation", IEEE Access 2025,
+DOI 10.1109/ACCESS.2025.3575066. A few pixels of every class (class-balanced sampling, CBS) give one M x M map of
+cosines for the teacher and one for the student (global structural similarity map, GSSM). A random partition of the
+entries (sub-image descriptors, SID) turns each map into distributions, which are compared by KL divergence.
+
+Shape suffixes: B images, N points per class, M points, C channels, G groups, S columns per group.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gskd.distributed import mean_over_processes
+from gskd.errors import GSKDError, near_names
+from gskd.losses._pixels import Pixels, promote, require_maps, require_pair
+from gskd.losses._sampling import POLICIES, Policy, SampledPoints, class_balanced_sample, read_points
+
+__all__ = [
+    "ColumnGroups",
+    "GSKDLoss",
+    "PointProjector",
+    "SampledPoints",
+    "class_balanced_sample",
+    "group_columns",
+    "gskd_loss",
+    "random_row_permutation",
+    "read_points",
+    "structural_similarity_map",
+    "sub_image_descriptors",
+]
+
+_PADDING = -1e30  # finite, so that a group of padding alone gives a uniform distribution and not NaN
+_TIE_BITS = 16  # two columns of a row draw the same key with probability 2**-16 at most; the lower one then goes first
+
+
+class ColumnGroups(NamedTuple):
+    """Which entries of the similarity map form which descriptor; the same for teacher and student."""
+
+    entry: Tensor
+    """(B, G, M, S) int64 positions in the flattened (M * M) map."""
+    mask: Tensor
+    """(B, G, M, S) bool; the others are padding."""
+    weight: Tensor
+    """(B, G) float32, the group's share of the image's entries: sums to 1, or to 0 for an image without points."""
+
+
+def structural_similarity_map(points: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Cosines between all pairs of points.
+
+    Args:
+        points: (B, M, C).
+        valid: (B, M) bool; the others read as zero vectors. All by default.
+
+    Returns:
+        (B, M, M), float32 or wider. A zero vector has cosine 0 with every point, and gets zero gradient.
+    """
+    with torch.autocast(points.device.type, enabled=False):
+        points = promote(points)
+        squares = points.square().sum(dim=2, keepdim=True)
+        real = squares > 0
+        if valid is not None:
+            real = real & valid.unsqueeze(2)
+        scale = torch.where(real, squares, 1.0).rsqrt()
+        unit = torch.where(real, points * scale, 0.0)
+        return unit @ unit.mT
+
+
+def random_row_permutation(valid: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A random permutation of the columns for every row of the similarity map, valid columns first.
+
+    Args:
+        valid: (B, M) bool.
+        generator: source of randomness on the device of ``valid``; the global one by default.
+
+    Returns:
+        (B, M, M) int64; row i holds the columns of row i in shuffled order.
+    """
+    batch, points = valid.shape
+    shape, device = (batch, points, points), valid.device
+    last = (~valid).unsqueeze(1)
+    bits = 30 - (batch * points).bit_length()
+    if bits < _TIE_BITS:
+        return (torch.rand(shape, device=device, generator=generator) + last).argsort(dim=2)
+    # One flat int32 sort by (row, invalid, random) takes the radix path on CPU: half the time of sorting row by row.
+    row = torch.arange(batch * points, device=device, dtype=torch.int32).view(batch, points, 1)
+    key = torch.randint(1 << bits, shape, dtype=torch.int32, device=device, generator=generator)
+    key = key + ((row << (bits + 1)) + (last.int() << bits))
+    return key.flatten().argsort().view(shape) - row * points
+
+
+def group_columns(
+    order: Tensor, valid: Tensor, group_size: int | Tensor, shape: tuple[int, int] | None = None
+) -> ColumnGroups:
+    """Cuts the shuffled columns of every row into groups of S; the last group takes what remains.
+
+    Args:
+        order: (B, M, M) int64, a permutation of the columns per row, valid columns first.
+        valid: (B, M) bool.
+        group_size: S for all images, or (B,) int64 with one S each.
+        shape: (G, largest S) of the result; needed where ``group_size`` is a tensor, as its values stay on the device.
+
+    Returns:
+        The groups, padded where an image has fewer points, groups or columns per group.
+    """
+    batch, points = valid.shape
+    if isinstance(group_size, int):
+        width = min(group_size, points)
+        groups = -(-points // width)
+        size = torch.full((1, 1, 1), width, dtype=torch.int64, device=order.device)
+    else:
+        assert shape is not None, "a tensor of group sizes needs the static shape"
+        groups, width = shape
+        size = group_size.view(-1, 1, 1)
+    slot = torch.arange(width, device=order.device)
+    rank = torch.arange(groups, device=order.device).unsqueeze(1) * size + slot
+    count = valid.sum(dim=1).view(-1, 1, 1)
+    real = (slot < size) & (rank < count)  # (B, G, S)
+    rank = rank.clamp(max=points - 1).expand(batch, -1, -1).flatten(1)
+    column = order.gather(2, rank.unsqueeze(1).expand(-1, points, -1))
+    row = torch.arange(points, device=order.device).unsqueeze(1)
+    entry = (column + row * points).view(batch, points, groups, width).transpose(1, 2).contiguous()
+    mask = real.unsqueeze(2) & valid.view(batch, 1, points, 1)
+    weight = real.sum(dim=2) / count.squeeze(2).clamp(min=1)
+    return ColumnGroups(entry, mask, weight)
+
+
+def sub_image_descriptors(similarity: Tensor, groups: ColumnGroups, temperature: float = 1.0) -> Tensor:
+    """The map's entries, group by group, as one log-distribution each.
+
+    Args:
+        similarity: (B, M, M) cosines.
+        groups: from ``group_columns``.
+        temperature: tau, divides the cosines; > 0.
+
+    Returns:
+        (B, G, M * S) log-probabilities, dtype of ``similarity``. Padding has probability 0, and gets zero gradient.
+    """
+    batch, count = groups.entry.shape[:2]
+    entries = similarity.flatten(1).gather(1, groups.entry.flatten(1)).view(batch, count, -1)
+    if temperature != 1.0:
+        entries = entries / temperature
+    return entries.masked_fill(~groups.mask.flatten(2), _PADDING).log_softmax(dim=2)
+
+
+def gskd_loss(
+    student: Tensor, teacher: Tensor, valid: Tensor, groups: ColumnGroups, temperature: float = 1.0
+) -> Tensor:
+    """The GSKD loss of sampled points and a given partition.
+
+    ``tau^2 * KL(teacher || student)``, summed over a descriptor's entries, averaged over the groups (by their share of
+    the entries) and over the images of all processes that have points.
+
+    Args:
+        student: (B, M, Cs) features at the points.
+        teacher: (B, M, Ct) features at the same points; no gradient flows to it.
+        valid: (B, M) bool, the others are padding.
+        groups: from ``group_columns``.
+        temperature: tau; > 0.
+
+    Returns:
+        Scalar, float32 or wider; zero with zero gradient where no image has points.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        with torch.no_grad():
+            target = sub_image_descriptors(structural_similarity_map(teacher, valid), groups, temperature)
+            probability = target.exp()
+        descriptors = sub_image_descriptors(structural_similarity_map(student, valid), groups, temperature)
+        divergence = (probability * (target - descriptors)).sum(dim=2)  # (B, G)
+        total = (divergence * groups.weight).sum() * temperature**2
+        return mean_over_processes(total, valid.any(dim=1).sum())
+
+
+class PointProjector(nn.Module):
+    """Linear, batch norm, ReLU, linear on points: conv1x1-BN-ReLU-conv1x1 where only the sampled pixels are needed.
+
+    Batch statistics are those of the valid points of this process. They differ from the convolution's, which would see
+    every
+    pixel: here every class weighs the same.
+
+    Args:
+        in_channels: C of the points.
+        out_channels: hidden and output width.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(in_channels, out_channels, bias=False)
+        self.weight = nn.Parameter(torch.ones(out_channels))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.leave = nn.Linear(out_channels, out_channels)
+        self.eps, self.momentum = 1e-5, 0.1
+        self.register_buffer("running_mean", torch.zeros(out_channels))
+        self.register_buffer("running_var", torch.ones(out_channels))
+
+    def forward(self, points: Tensor, valid: Tensor) -> Tensor:
+        """Points (B, M, C) with ``valid`` (B, M) bool -> (B, M, out_channels)."""
+        hidden = self.enter(points.to(self.enter.weight.dtype))
+        mean, variance = self._statistics(hidden, valid) if self.training else (self.running_mean, self.running_var)
+        hidden = (hidden - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+        projected: Tensor = self.leave(F.relu(hidden))
+        return projected
+
+    def _statistics(self, hidden: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = valid.unsqueeze(2).to(hidden.dtype)
+        count = chosen.sum()
+        mean = (hidden * chosen).sum(dim=(0, 1)) / count.clamp(min=1)
+        variance = ((hidden - mean).square() * chosen).sum(dim=(0, 1)) / count.clamp(min=1)
+        with torch.no_grad():
+            share = self.momentum * (count > 0)  # a batch without points leaves no trace
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
+        return mean, variance
+
+
+class GSKDLoss(nn.Module):
+    """Global structural knowledge distillation, see ``gskd_loss``.
+
+    Called as ``term(student, teacher, pixels)`` with features (B, Cs, h', w') and (B, Ct, h, w): neither widths nor
+    sizes need to match. Only the sampled points are read. Work and memory grow with M^2 per image, M = N x classes.
+
+    Args:
+        samples_per_class: N; 8 as published.
+        group_size: S; "classes" as published (the number of classes found in the image, hence G = N), or a fixed
+            number.
+        temperature: tau; 1 as published.
+        only_correct: sample only pixels that the teacher classifies correctly; needs ``pixels.teacher_logits``.
+        policy: for a class with fewer than N pixels, see ``class_balanced_sample``.
+        max_classes: the most classes sampled in one image, at random when there are more; bounds M where K is large.
+        projector: pass the student's points through ``PointProjector`` first, as the published recipe does.
+        student_channels: Cs, needed with ``projector``.
+        teacher_channels: width the projector maps to; Cs by default.
+        generator: source of randomness on the features' device; the global one by default. Not for ``torch.compile``.
+
+    Raises:
+        GSKDError: an argument is not as above; or, when called, a shape does not match or teacher logits are missing.
+    """
+
+    inputs: ClassVar[Literal["features", "logits"]] = "features"
+
+    def __init__(
+        self,
+        samples_per_class: int = 8,
+        group_size: Literal["classes"] | int = "classes",
+        temperature: float = 1.0,
+        only_correct: bool = True,
+        policy: Policy = "repeat",
+        max_classes: int | None = None,
+        projector: bool = False,
+        student_channels: int | None = None,
+        teacher_channels: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if group_size != "classes" and (not isinstance(group_size, int) or group_size < 1):
+            raise GSKDError(f"group_size: expected 'classes' or an integer >= 1, got {group_size!r}")
+        for name, value in {"samples_per_class": samples_per_class, "max_classes": max_classes}.items():
+            if value is not None and value < 1:
+                raise GSKDError(f"{name}: expected an integer >= 1, got {value}")
+        if not temperature > 0:
+            raise GSKDError(f"temperature: expected a number > 0, got {temperature}")
+        if policy not in POLICIES:
+            raise GSKDError(f"policy: unknown {policy!r}{near_names(policy, POLICIES)}")
+        self.samples_per_class = samples_per_class
+        self.group_size = group_size
+        self.temperature = temperature
+        self.only_correct = only_correct
+        self.policy: Policy = policy
+        self.max_classes = max_classes
+        self.generator = generator
+        self.projector: PointProjector | None = None
+        if projector:
+            if student_channels is None:
+                raise GSKDError(
+                    "gskd: projector=True needs student_channels, the width of the student's features; got None"
+                )
+            self.projector = PointProjector(student_channels, teacher_channels or student_channels)
+
+    def forward(self, student: Tensor, teacher: Tensor, pixels: Pixels) -> Tensor:
+        """Returns the scalar loss."""
+        require_pair(student, teacher, pixels)
+        if pixels.num_classes is None:
+            raise GSKDError("gskd: unknown number of classes, expected Pixels(labels, teacher_logits) or num_classes=K")
+        size = (teacher.shape[2], teacher.shape[3])
+        with torch.autocast(student.device.type, enabled=False):
+            sample = class_balanced_sample(
+                pixels.labels_at(size),
+                pixels.num_classes,
+                self.samples_per_class,
+                eligible=pixels.teacher_correct_at(size) if self.only_correct else pixels.valid_at(size),
+                policy=self.policy,
+                max_classes=self.max_classes,
+                generator=self.generator,
+            )
+            order = random_row_permutation(sample.valid, self.generator)
+            if self.group_size == "classes":
+                slots = sample.index.shape[1] // self.samples_per_class
+                groups = group_columns(order, sample.valid, sample.class_count, (self.samples_per_class, slots))
+            else:
+                groups = group_columns(order, sample.valid, self.group_size)
+            target = read_points(teacher.detach(), sample.index)
+            points = promote(read_points(student, sample.index, size))
+            if self.projector is not None:
+                require_maps("gskd: student", student, channels=self.projector.enter.in_features)
+                points = self.projector(points, sample.valid)
+            return gskd_loss(points, target, sample.valid, groups, self.temperature)

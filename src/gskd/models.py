@@ -1,0 +1,218 @@
+"""Networks by name, and their weights (views -> models -> taps).
+
+A model is any ``nn.Module`` that takes images (B, 3, H, W) and whose output holds logits (B, K, h, w), see
+`gskd.taps.logits_of`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gskd.errors import GSKDError, near_names
+from gskd.taps import logits_of
+
+
+def build_model(name: str, args: Mapping[str, Any] | None = None, num_classes: int | None = None) -> nn.Module:
+    """Makes a network.
+
+    Args:
+        name: ``smp:Architecture`` (any architecture of segmentation-models-pytorch, for example ``smp:DeepLabV3Plus``) or an
+            import path ``package.module:callable`` that returns an ``nn.Module``.
+        args: arguments of the architecture or callable, for example ``{"encoder_name": "resnet34"}``. smp's own defaults
+            hold, so ``encoder_weights`` is ``"imagenet"``, which smp downloads, unless it is given as ``None``.
+        num_classes: K. smp models are built with it; an import path gets it only where ``args`` does not fix the number of
+            classes and the callable has a parameter called ``num_classes``.
+
+    Raises:
+        GSKDError: unknown source, architecture, encoder, module or callable, or arguments that it refuses.
+    """
+    arguments = dict(args or {})
+    source, colon, target = name.partition(":")
+    if not colon or not source or not target:
+        raise GSKDError(f"model {name!r}: expected smp:Architecture or package.module:callable")
+    if source == "smp":
+        return _build_smp(target, arguments, num_classes)
+    try:
+        factory = getattr(importlib.import_module(source), target)
+    except ImportError as error:
+        raise GSKDError(f"model {name!r}: cannot import {source}: {error}") from None
+    except AttributeError:
+        known = [key for key in vars(importlib.import_module(source)) if not key.startswith("_")]
+        raise GSKDError(f"model {name!r}: {source} has no {target}{near_names(target, known)}") from None
+    if num_classes is not None and "num_classes" not in arguments and _takes(factory, "num_classes"):
+        arguments["num_classes"] = num_classes
+    model = _call(name, factory, arguments)
+    if not isinstance(model, nn.Module):
+        raise GSKDError(f"model {name!r}: expected an nn.Module, {target} returned {type(model).__name__}")
+    return model
+
+
+def _build_smp(architecture: str, arguments: dict[str, Any], num_classes: int | None) -> nn.Module:
+    import gskd._torchvision  # noqa: F401 (must come before smp, which imports torchvision)
+
+    # smp is imported here since it takes seconds, which the command line's help should not.
+    import segmentation_models_pytorch as smp  # isort: skip
+
+    architectures = {model.__name__: model for model in smp.MODEL_ARCHITECTURES_MAPPING.values()}
+    if architecture not in architectures:
+        raise GSKDError(f"model 'smp:{architecture}': unknown architecture{near_names(architecture, architectures)}")
+    encoder = arguments.get("encoder_name", "resnet34")
+    encoders = _smp_encoders()
+    if isinstance(encoder, str) and encoder not in encoders and not encoder.startswith("tu-hf"):
+        raise GSKDError(f"model 'smp:{architecture}': unknown encoder {encoder!r}{near_names(encoder, encoders)}")
+    if num_classes is not None:
+        if arguments.get("classes", num_classes) != num_classes:
+            raise GSKDError(f"model 'smp:{architecture}': args.classes is {arguments['classes']}, the data has {num_classes}")
+        arguments["classes"] = num_classes
+    return _call(f"smp:{architecture}", architectures[architecture], arguments)
+
+
+def _smp_encoders() -> list[str]:
+    import segmentation_models_pytorch as smp
+    import timm
+
+    return [*smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
+
+
+def _takes(factory: Any, parameter: str) -> bool:
+    try:
+        return parameter in inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _call(name: str, factory: Any, arguments: dict[str, Any]) -> Any:
+    try:
+        return factory(**arguments)
+    except Exception as error:  # whatever a foreign constructor raises, the cause is what the recipe asked of it
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise GSKDError(f"model {name!r}: cannot be built with {arguments}: {what[:400]}") from error
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers the model's parameters hold."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Puts a teacher beyond the reach of training: eval mode, no parameter asks for a gradient. Returns the same module."""
+    return model.eval().requires_grad_(False)
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(B, 3, H, W) uint8 RGB -> float32, scaled to 0..1, less ``mean``, over ``std``, channel by channel."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
+    return torch.addcmul(shift.view(-1, 1, 1), images.float(), scale.view(-1, 1, 1))
+
+
+def check_classes(model: nn.Module, num_classes: int, name: str) -> None:
+    """Raises `GSKDError` unless the model gives one logit per class: a wrong head is found before training, not after."""
+    training = {module: module.training for module in model.modules()}
+    parameter = next(model.parameters(), torch.zeros(()))
+    try:
+        with torch.no_grad():
+            logits = logits_of(model.eval()(torch.zeros(1, 3, 64, 64, device=parameter.device, dtype=parameter.dtype)))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    if logits.ndim != 4 or logits.shape[1] != num_classes:
+        raise GSKDError(f"{name}: gives logits of shape {tuple(logits.shape)}; expected (B, {num_classes}, h, w) for the data's classes")
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What did not match when weights were loaded; all empty where everything did."""
+
+    missing: tuple[str, ...]
+    """Keys of the model that the file lacks."""
+    unexpected: tuple[str, ...]
+    """Keys of the file that the model lacks."""
+    misshapen: tuple[str, ...]
+    """``key: shape in the file, shape in the model``."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether file and model agree."""
+        return not (self.missing or self.unexpected or self.misshapen)
+
+    def __str__(self) -> str:
+        parts = []
+        for title, keys in {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.misshapen}.items():
+            if keys:
+                parts.append(f"{len(keys)} {title} ({', '.join(keys)})")
+        return "; ".join(parts) or "every key matches"
+
+
+def load_weights(model: nn.Module, path: str | Path, strict: bool = True) -> WeightsReport:
+    """Reads weights from a safetensors file into the model.
+
+    Args:
+        model: changed in place, and only if everything fits or ``strict`` is off.
+        path: a ``.safetensors`` file with the model's ``state_dict`` keys.
+        strict: refuse the file unless every key and shape matches; else load what does.
+
+    Returns:
+        Every missing, unexpected and misshapen key.
+
+    Raises:
+        GSKDError: no such file, not a safetensors file, truncated, or (strict) a mismatch, of which every key is named.
+    """
+    found = read_tensors(path)
+    own = model.state_dict()
+    misshapen = {key for key in own.keys() & found.keys() if own[key].shape != found[key].shape}
+    report = WeightsReport(
+        missing=tuple(key for key in own if key not in found),
+        unexpected=tuple(key for key in found if key not in own),
+        misshapen=tuple(
+            f"{key}: {tuple(found[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+            for key in own
+            if key in misshapen
+        ),
+    )
+    if strict and not report.ok:
+        raise GSKDError(f"weights {path}: do not fit {type(model).__name__}: {report}")
+    model.load_state_dict({k: v for k, v in found.items() if k in own and k not in misshapen}, strict=False)
+    return report
+
+
+def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes the model's ``state_dict`` as safetensors; a reader sees the old file or the whole new one, never a part."""
+    write_tensors(model.state_dict(), path, metadata)
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; every fault of the file is a `GSKDError` that names it."""
+    if not Path(path).is_file():
+        raise GSKDError(f"weights {path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise GSKDError(f"weights {path}: not a whole safetensors file: {' '.join(str(error).split())}") from None
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors as safetensors, atomically. Tensors that share memory are written one by one."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    contiguous = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    try:
+        save_file(contiguous, partial, metadata=dict(metadata or {}))
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise GSKDError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None

@@ -1,0 +1,193 @@
+"""A recipe carried out from end to end: data, models, the teacher's own score, training, final scores."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gskd.checkpoint import write_text
+from gskd.data import SegmentationDataset
+from gskd.data.datasets import Cached, open_dataset
+from gskd.distiller import Distiller, Term
+from gskd.errors import GSKDError, near_names
+from gskd.evaluation import evaluate
+from gskd.losses import LOSSES
+from gskd.metrics import Score
+from gskd.models import build_model, check_classes, count_parameters, load_weights
+from gskd.progress import Progress
+from gskd.recipe import ModelRecipe, Recipe, TeacherRecipe, TermRecipe, dump_recipe
+from gskd.run import Run, autocast_dtype, inference_of, without_pretraining
+from gskd.taps import auto_tap, channels
+from gskd.trainer import build_accelerator, fit
+
+
+def open_split(recipe: Recipe, split: str) -> SegmentationDataset:
+    """A split of the recipe's data, decoded samples kept in memory as far as the recipe allows."""
+    data = open_dataset(recipe.data.dataset, recipe.data.root, split, recipe.data.options)
+    return Cached(data, recipe.data.cache_gib) if recipe.data.cache_gib > 0 else data
+
+
+def train_model(recipe: Recipe, run: Run, *, distill: bool, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Trains the recipe's model, alone or against its teacher, and scores it.
+
+    Args:
+        recipe: what to do.
+        run: the run folder; new, or with ``resume`` one that was begun with the same recipe.
+        distill: with teacher and terms; without, both are left out even if the recipe names them.
+        resume: continue where the run's newest valid checkpoint stands; a folder without a run is begun.
+        progress: where lines for people go.
+
+    Returns:
+        The content of ``result.json``: scores of the best and the last weights on the val and (where named) test split, the
+        teacher's own scores, parameters and seconds.
+
+    Raises:
+        GSKDError: anything in recipe, data, models or run folder that the user must put right. Found before the run folder
+            is touched, as far as it can be.
+    """
+    if distill and (recipe.teacher is None or not recipe.terms):
+        raise GSKDError("distill: the recipe names no " + ("teacher" if recipe.teacher is None else "terms"))
+    resume = resume and run.exists
+    if resume:
+        _check_same(run.load_recipe(), recipe, run)
+    else:
+        run.check_free()
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
+    splits = {name: open_split(recipe, name) for name in dict.fromkeys([recipe.data.train, recipe.data.val, recipe.data.test]) if name}
+    train_data, val_data = splits[recipe.data.train], splits[recipe.data.val]
+    torch.manual_seed(recipe.seed)  # the student's first weights depend on the seed alone, not on teacher or terms
+    student = build_recipe_model(recipe.model, train_data, "model")
+    teacher, teacher_model, distiller = None, None, Distiller(student)
+    if distill:
+        assert recipe.teacher is not None
+        teacher, teacher_model = _build_teacher(recipe.teacher, train_data)
+        terms = {name: _build_term(name, term, student, teacher) for name, term in recipe.terms.items()}
+        precision = recipe.teacher.precision
+        distiller = Distiller(
+            student, teacher, terms, teacher_dtype=autocast_dtype(precision) if precision is not None else None
+        )
+    accelerator = build_accelerator(recipe.train, run)
+    progress = progress or Progress()
+    progress.enabled = progress.enabled and accelerator.is_main_process
+    if not resume and accelerator.is_main_process:
+        run.create(recipe, "distill" if distill else "train", train_data)
+    accelerator.wait_for_everyone()
+
+    with progress:
+        progress.say(f"{run.path}: {type(student).__name__}, {count_parameters(student) / 1e6:.2f} M parameters, {accelerator.device}")
+        scored = {split: splits[split] for split in (recipe.data.val, recipe.data.test) if split}
+        teacher_scores = {}
+        if teacher is not None and teacher_model is not None:
+            assert recipe.teacher is not None
+            spec = replace(recipe, model=teacher_model)
+            inference = inference_of(spec)
+            if recipe.teacher.precision is not None and recipe.eval.precision is None:
+                inference = replace(inference, dtype=autocast_dtype(recipe.teacher.precision))
+            layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+            teacher.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]
+            for split, data in scored.items():
+                score = evaluate(teacher, data, inference, progress.counter(f"scoring the teacher on {split}"))
+                progress.score(f"teacher on {split}", score)
+                teacher_scores[split] = score
+        started = time.perf_counter()
+        last = fit(distiller, recipe, run, accelerator, train_data, val_data, progress, resume, teacher_model)
+        seconds = time.perf_counter() - started
+        result = _final_scores(recipe, run, student, scored, last, progress)
+    result |= {
+        "parameters": count_parameters(student),
+        "seconds": seconds,
+        "teacher": {split: score.to_dict(val_data.classes) for split, score in teacher_scores.items()},
+    }
+    if accelerator.is_main_process:
+        write_text(run.result, json.dumps(result, indent=1))
+    return result
+
+
+def _final_scores(
+    recipe: Recipe, run: Run, student: nn.Module, scored: dict[str, SegmentationDataset], last: Score, progress: Progress
+) -> dict[str, Any]:
+    """Scores of the last and of the best weights; val picked the best, so only its test score is free of that choice."""
+    inference = inference_of(recipe)
+    scores: dict[str, dict[str, Score]] = {"last": {recipe.data.val: last}, "best": {}}
+    for which in ("last", "best"):
+        if which == "best" and run.student.is_file():
+            load_weights(student, run.student)
+        for split, data in scored.items():
+            if split not in scores[which]:
+                counter = progress.counter(f"scoring the {which} weights on {split}")
+                scores[which][split] = evaluate(student, data, inference, counter)
+            progress.score(f"{which} weights on {split}", scores[which][split])
+    classes = scored[recipe.data.val].classes
+    return {which: {split: s.to_dict(classes) for split, s in by.items()} for which, by in scores.items()}
+
+
+def build_recipe_model(spec: ModelRecipe, data: SegmentationDataset, where: str) -> nn.Module:
+    """The network a recipe names, with its weights, checked to give one logit per class of the data."""
+    if spec.weights is None:
+        model = build_model(spec.name, spec.args, len(data.classes))
+    else:
+        model = build_model(spec.name, without_pretraining(spec.name, spec.args), len(data.classes))
+        weights = Run(_path(spec.weights))
+        load_weights(model, weights.student if weights.exists else weights.path)
+    check_classes(model, len(data.classes), f"{where} {spec.name!r}")
+    return model
+
+
+def _build_teacher(spec: TeacherRecipe, data: SegmentationDataset) -> tuple[nn.Module, ModelRecipe]:
+    if spec.model is not None:
+        return build_recipe_model(spec.model, data, "teacher"), spec.model
+    assert spec.run is not None
+    run = Run(_path(spec.run))
+    recipe = run.load_recipe()
+    classes = run.info()["classes"]
+    if classes != list(data.classes):
+        raise GSKDError(f"teacher {run.path}: was trained on {len(classes)} classes {classes}; the data has {list(data.classes)}")
+    return run.load_model(recipe), recipe.model
+
+
+def _build_term(name: str, spec: TermRecipe, student: nn.Module, teacher: nn.Module) -> Term:
+    kind = spec.loss or name
+    if kind not in LOSSES:
+        raise GSKDError(f"terms.{name}: unknown loss {kind!r}{near_names(kind, LOSSES)}")
+    loss_type = LOSSES[kind]
+    layers = {
+        "student": auto_tap(student, loss_type.inputs) if spec.student == "auto" else spec.student,
+        "teacher": auto_tap(teacher, loss_type.inputs) if spec.teacher == "auto" else spec.teacher,
+    }
+    args = dict(spec.args)
+    example = torch.zeros(1, 3, 64, 64)
+    for side, model in {"student": student, "teacher": teacher}.items():
+        width = channels(model, [layers[side]], example)[layers[side]][1]
+        if f"{side}_channels" in loss_type.__init__.__code__.co_varnames:
+            args.setdefault(f"{side}_channels", width)
+    try:
+        loss = loss_type(**args)
+    except TypeError as error:
+        raise GSKDError(f"terms.{name}.args: {error}") from None
+    return Term(loss, spec.weight, layers["student"], layers["teacher"])
+
+
+def _check_same(old: Recipe, new: Recipe, run: Run) -> None:
+    """A resumed run must be the same run; where it stands, how it is loaded and how often it reports may change."""
+
+    def core(recipe: Recipe) -> str:
+        train = replace(recipe.train, log_every=1, checkpoint_every=1, keep=1, tensorboard=True)
+        data = replace(recipe.data, workers=0, cache_gib=0.0, root=None)
+        return dump_recipe(replace(recipe, output="", train=train, data=data))
+
+    a, b = core(old).splitlines(), core(new).splitlines()
+    if a != b:
+        first = next(((x, y) for x, y in zip(a, b, strict=False) if x != y), ("fewer lines", "more lines"))
+        raise GSKDError(f"run {run.path}: was begun with another recipe ({first[0].strip()!r}, now {first[1].strip()!r})")
+
+
+def _path(text: str) -> Any:
+    from pathlib import Path
+
+    return Path(text)

@@ -1,0 +1,195 @@
+"""A run folder: everything about one run, so that it can be moved, resumed, scored and used with no other argument.
+
+::
+
+    recipe.yaml          the recipe, every default spelled out
+    run.json             kind of run, classes, palette, environment
+    metrics.jsonl        one JSON object a line: steps and scores
+    checkpoints/         see gskd.checkpoint
+    student.safetensors  the best model by val mIoU, without projectors
+    result.json          final scores, written last
+    events.out.tfevents  TensorBoard
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gskd.checkpoint import write_text
+from gskd.data import SegmentationDataset
+from gskd.errors import GSKDError
+from gskd.evaluation import Inference
+from gskd.models import build_model, load_weights
+from gskd.recipe import Precision, Recipe, dump_recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder by its path; opening one reads nothing."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def info_file(self) -> Path:
+        """Kind, classes, palette, environment."""
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def student(self) -> Path:
+        """Weights of the best model."""
+        return self.path / "student.safetensors"
+
+    @property
+    def result(self) -> Path:
+        """Final scores."""
+        return self.path / "result.json"
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder holds a run."""
+        return self.recipe_file.is_file()
+
+    def create(self, recipe: Recipe, kind: str, data: SegmentationDataset) -> None:
+        """Lays out a new run folder.
+
+        Raises:
+            GSKDError: the folder holds anything already, or cannot be written; what is there stays as it was.
+        """
+        self.check_free()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise GSKDError(f"output {self.path}: cannot be made: {error.strerror or error}") from None
+        info = {
+            "kind": kind,
+            "classes": list(data.classes),
+            "palette": np.asarray(data.palette).tolist(),
+            "environment": environment(),
+        }
+        write_text(self.info_file, json.dumps(info, indent=1))
+        write_text(self.recipe_file, dump_recipe(recipe))  # last: it is what makes the folder a run
+
+    def check_free(self) -> None:
+        """Raises `GSKDError` where the folder cannot take a new run."""
+        if self.exists:
+            raise GSKDError(f"output {self.path}: holds another run; continue it with --resume or name another folder")
+        try:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise GSKDError(f"output {self.path}: expected a new or empty folder, found other files")
+        except OSError as error:
+            raise GSKDError(f"output {self.path}: cannot be read: {error.strerror or error}") from None
+
+    def load_recipe(self, overrides: tuple[str, ...] = ()) -> Recipe:
+        """The recipe the run was made with."""
+        if not self.exists:
+            raise GSKDError(f"run {self.path}: holds no recipe.yaml; expected a folder made by gskd train or gskd distill")
+        return load_recipe(self.recipe_file, overrides)
+
+    def info(self) -> dict[str, Any]:
+        """The content of ``run.json``."""
+        try:
+            info: dict[str, Any] = json.loads(self.info_file.read_text(encoding="utf-8"))
+            if not isinstance(info["classes"], list) or len(info["classes"]) != len(info["palette"]):
+                raise ValueError("classes and palette do not match")
+            return info
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise GSKDError(f"run {self.path}: run.json cannot be read: {error}") from None
+
+    def load_model(self, recipe: Recipe | None = None) -> nn.Module:
+        """The best model of the run, in eval mode."""
+        recipe = recipe or self.load_recipe()
+        # The run's weights replace whatever the encoder would have been started from: do not fetch that.
+        args = without_pretraining(recipe.model.name, recipe.model.args)
+        model = build_model(recipe.model.name, args, len(self.info()["classes"]))
+        load_weights(model, self.student)
+        return model.eval()
+
+    def add_metrics(self, record: Mapping[str, Any]) -> None:
+        """Appends a line to ``metrics.jsonl``."""
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise GSKDError(f"{self.metrics}: cannot be written: {error.strerror or error}") from None
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forgets the lines of steps that a resumed run will do again."""
+        if self.metrics.is_file():
+            kept = []
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError):
+                    continue  # the line a kill cut short
+            write_text(self.metrics, "".join(kept))
+
+
+def without_pretraining(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a model whose weights are about to be loaded: smp must not download an encoder's first."""
+    return {**args, "encoder_weights": None} if name.startswith("smp:") else dict(args)
+
+
+def autocast_dtype(precision: Precision) -> torch.dtype:
+    """The dtype of autocast; float32 stands for none."""
+    return {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}[precision]
+
+
+def inference_of(recipe: Recipe) -> Inference:
+    """How the recipe's model is scored."""
+    spec = recipe.eval
+    return Inference(
+        mode=spec.mode.value,
+        window=(spec.window[0], spec.window[1]),
+        overlap=spec.overlap,
+        scales=tuple(spec.scales),
+        flip=spec.flip,
+        mean=tuple(recipe.model.mean),
+        std=tuple(recipe.model.std),
+        dtype=autocast_dtype(spec.precision or recipe.train.precision),
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for whoever wants the same numbers again."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in ("gskd", "torch", "torchvision", "segmentation-models-pytorch", "timm", "accelerate", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+    }

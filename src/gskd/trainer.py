@@ -1,0 +1,248 @@
+"""The training loop on Accelerate (distiller -> trainer -> run folder). It knows no loss by name.
+
+Every step is a function of (recipe, step): order, views and the randomness inside the step are derived from the seed and the
+step's number, so a run that is killed and resumed ends with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from gskd.checkpoint import latest_checkpoint, restore, save_checkpoint
+from gskd.data import SegmentationDataset
+from gskd.data.views import Augmentation, PositionSampler, TrainingViews
+from gskd.distiller import Distiller
+from gskd.errors import GSKDError
+from gskd.evaluation import evaluate
+from gskd.metrics import Score
+from gskd.models import normalise, save_weights
+from gskd.progress import Progress
+from gskd.recipe import ModelRecipe, OptimizerName, Precision, Recipe, ScheduleName, TrainRecipe
+from gskd.run import Run, inference_of
+
+
+def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
+    """The share of the peak learning rate at a step, counted from 0.
+
+    ``onecycle`` (Smith and Topin 2018, arXiv 1708.07120, cosine form): from 1/25 up to 1 over the warm-up, then down to
+    1/250000. ``poly``: up from 1/1000 over the warm-up, then (1 - t) ** 0.9. ``constant``: up, then 1.
+    """
+    warmup = round(recipe.warmup * recipe.steps)
+    start = {ScheduleName.onecycle: 1 / 25, ScheduleName.poly: 1e-3, ScheduleName.constant: 1e-3}[recipe.schedule]
+    if step < warmup:
+        t = step / warmup
+        rise = (1 - math.cos(math.pi * t)) / 2 if recipe.schedule == ScheduleName.onecycle else t
+        return start + (1 - start) * rise
+    t = (step - warmup) / max(1, recipe.steps - warmup)
+    if recipe.schedule == ScheduleName.onecycle:
+        end = 1 / 250_000
+        return end + (1 - end) * (1 + math.cos(math.pi * t)) / 2
+    return (1 - t) ** 0.9 if recipe.schedule == ScheduleName.poly else 1.0
+
+
+def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
+    """AdamW or SGD with Nesterov momentum; no weight decay on biases and normalisation (parameters of one dimension)."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise GSKDError("model: has no parameter that can be trained")
+    if recipe.optimizer == OptimizerName.adamw:
+        return torch.optim.AdamW(groups, lr=recipe.lr)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+
+
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Makes all randomness of a step (dropout, sampling of points) a function of (seed, step, rank)."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + 1) % 2**63
+    torch.manual_seed(mixed)
+
+
+def build_accelerator(recipe: TrainRecipe, run: Run) -> Any:
+    """Accelerate's engine for devices, mixed precision and processes, as the recipe and the launcher ask."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import ProjectConfiguration
+
+    AcceleratorState._reset_state()  # a second run in one process may ask for another precision
+    cpu = recipe.device == "cpu" or not torch.cuda.is_available()
+    if cpu and recipe.precision == Precision.fp16:
+        raise GSKDError("train.precision: fp16 needs a CUDA device, found none; expected fp32 or bf16")
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision={"fp32": "no"}.get(recipe.precision, str(recipe.precision)),
+        log_with="tensorboard" if recipe.tensorboard else None,
+        project_config=ProjectConfiguration(project_dir=str(run.path), logging_dir=str(run.path)),
+    )
+    if recipe.batch % (accelerator.num_processes * recipe.accumulate):
+        raise GSKDError(
+            f"train.batch: {recipe.batch} images do not divide among {accelerator.num_processes} processes"
+            f" x {recipe.accumulate} rounds of accumulation"
+        )
+    return accelerator
+
+
+def fit(
+    distiller: Distiller,
+    recipe: Recipe,
+    run: Run,
+    accelerator: Any,
+    train_data: SegmentationDataset,
+    val_data: SegmentationDataset,
+    progress: Progress,
+    resume: bool = False,
+    teacher_model: ModelRecipe | None = None,
+) -> Score:
+    """Trains until ``recipe.train.steps`` and returns the last score on the val split.
+
+    Writes ``metrics.jsonl``, ``checkpoints/`` and ``student.safetensors`` (the best by val mIoU) into the run folder.
+
+    Args:
+        distiller: student, teacher and terms.
+        recipe: its ``train``, ``augment``, ``eval`` and ``seed`` are used.
+        run: the run folder.
+        accelerator: from `build_accelerator`.
+        train_data, val_data: the splits.
+        progress: where lines for people go.
+        resume: continue from the newest valid checkpoint.
+        teacher_model: whose mean and std the teacher wants; by default the student's.
+    """
+    train, student = recipe.train, distiller.student
+    main = accelerator.is_main_process
+    if train.channels_last:
+        distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    distiller.to(accelerator.device)
+    if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
+        distiller.student = student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    optimizer = build_optimizer(distiller, train)
+    first_step, best = 0, -1.0
+    if resume:
+        checkpoint, damaged = latest_checkpoint(run.checkpoints)
+        for line in damaged:
+            progress.say(line)
+        if checkpoint is not None:
+            restore(checkpoint, distiller, optimizer)
+            first_step, best = checkpoint.step, float(checkpoint.state["best"])
+            if accelerator.scaler is not None and checkpoint.state.get("scaler"):
+                accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+        if main:
+            run.drop_metrics_after(first_step)
+        progress.say(f"resumed at step {first_step} of {train.steps}")
+    model, prepared = accelerator.prepare(distiller, optimizer)
+    model.train()
+    if train.tensorboard:
+        accelerator.init_trackers("tensorboard")
+
+    batches = iter(_loader(recipe, train_data, accelerator, first_step))
+    inference = inference_of(recipe)
+    score: Score | None = None
+    started, timed_from = time.perf_counter(), first_step
+    for step in range(first_step, train.steps):
+        seed_step(recipe.seed, step, accelerator.process_index)
+        rate = train.lr * learning_rate_factor(step, train)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for round_ in range(train.accumulate):
+            images, labels = (x.to(accelerator.device, non_blocking=True) for x in next(batches))
+            inputs = _normalised(images, recipe.model, teacher_model, train.channels_last)
+            last_round = round_ == train.accumulate - 1
+            with contextlib.nullcontext() if last_round else accelerator.no_sync(model):
+                result = _forward(model, inputs, labels)
+                accelerator.backward(result.loss / train.accumulate)
+        if train.clip is not None:
+            accelerator.clip_grad_norm_(model.parameters(), train.clip)
+        prepared.step()
+        prepared.zero_grad()
+
+        done = step + 1
+        if done % train.log_every == 0 or done == train.steps:
+            seconds = time.perf_counter() - started
+            elapsed = max(seconds, 1e-9) / max(1, done - timed_from)
+            record = {
+                "step": done,
+                "loss": result.loss.item(),
+                "terms": {n: {"raw": v.raw.item(), "weighted": v.weighted.item()} for n, v in result.terms.items()},
+                "lr": rate,
+                "seconds_per_step": elapsed,
+                "images_per_s": train.batch / elapsed,
+            }
+            if main:
+                run.add_metrics(record)
+            accelerator.log(_flat(record), step=done)
+            progress.step(record, train.steps)
+        if done % recipe.eval.every == 0 or done == train.steps:
+            paused = time.perf_counter()
+            score = evaluate(student, val_data, inference, progress.counter(f"step {done}: scoring {recipe.data.val}"))
+            is_best = score.miou > best
+            if main:
+                run.add_metrics({"step": done, "split": recipe.data.val, **score.to_dict(val_data.classes)})
+                if is_best:
+                    save_weights(student, run.student, {"step": str(done)})
+            best = max(best, score.miou)
+            accelerator.log({f"{recipe.data.val}/miou": score.miou}, step=done)
+            progress.score(f"step {done} {recipe.data.val}", score, best=is_best)
+            started += time.perf_counter() - paused  # throughput is that of training alone
+        if main and (done % train.checkpoint_every == 0 or done == train.steps):
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            save_checkpoint(run.checkpoints, done, distiller, optimizer, {"best": best, "scaler": scaler}, train.keep)
+    if train.tensorboard:
+        accelerator.end_training()
+    # Nothing was left to train when a finished run is resumed: the score is measured again.
+    return score if score is not None else evaluate(student, val_data, inference)
+
+
+def _loader(recipe: Recipe, data: SegmentationDataset, accelerator: Any, first_step: int) -> DataLoader[Any]:
+    train, augment = recipe.train, recipe.augment
+    augmentation = Augmentation(
+        crop=(augment.crop[0], augment.crop[1]),
+        scale=(augment.scale[0], augment.scale[1]),
+        **{name: getattr(augment, name) for name in ("flip", "brightness", "contrast", "saturation", "hue")},
+    )
+    processes = accelerator.num_processes
+    return DataLoader(
+        TrainingViews(data, augmentation, recipe.seed),
+        batch_size=train.batch // processes // train.accumulate,
+        sampler=PositionSampler(train.batch, first_step, train.steps, accelerator.process_index, processes),
+        num_workers=recipe.data.workers,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # else the loader draws its workers' seed from the generator of the training step
+    )
+
+
+def _normalised(
+    images: Tensor, student: ModelRecipe, teacher: ModelRecipe | None, channels_last: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The batch as the student wants it, and as the teacher does where that differs."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    student_images = normalise(images, student.mean, student.std).contiguous(memory_format=layout)
+    if teacher is None or (teacher.mean, teacher.std) == (student.mean, student.std):
+        return student_images, None
+    return student_images, normalise(images, teacher.mean, teacher.std).contiguous(memory_format=layout)
+
+
+def _forward(model: nn.Module, inputs: tuple[Tensor, Tensor | None], labels: Tensor) -> Any:
+    try:
+        return model(inputs[0], labels, inputs[1])
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise GSKDError(
+            f"train.batch: {labels.shape[0]} image in a forward pass leaves batch normalisation one value per channel;"
+            " expected 2 or more for each process and round"
+        ) from None
+
+
+def _flat(record: dict[str, Any]) -> dict[str, float]:
+    flat = {key: value for key, value in record.items() if isinstance(value, float)}
+    for name, values in record["terms"].items():
+        flat[f"terms/{name}"], flat[f"weighted/{name}"] = values["raw"], values["weighted"]
+    return flat
+

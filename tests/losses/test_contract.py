@@ -1,0 +1,141 @@
+"""What every loss promises, whatever its maths."""
+
+import pytest
+import torch
+
+from gskd import GSKDError
+from gskd.losses import LOSSES, Pixels
+
+CLASSES = 5
+
+
+def make(name):
+    return LOSSES[name](**({"samples_per_class": 4} if name == "gskd" else {}))
+
+
+def batch(ignored=0.3, device="cpu"):
+    student = torch.randn(2, CLASSES, 8, 10, device=device)
+    teacher = torch.randn(2, CLASSES, 8, 10, device=device)
+    labels = teacher.argmax(1)
+    labels[torch.rand(labels.shape, device=device) < ignored] = 255
+    return student, teacher, labels
+
+
+@pytest.fixture(params=LOSSES)
+def name(request):
+    return request.param
+
+
+def test_says_what_it_takes(name):
+    assert LOSSES[name].inputs == ("logits" if name == "kd" else "features")
+
+
+@pytest.mark.parametrize("ignore", [255, -1])
+def test_ignored_pixels_never_count(name, ignore):
+    """Trap 7."""
+    student, teacher, labels = batch()
+    labels[labels == 255] = ignore
+    ignored = (labels == ignore).unsqueeze(1)
+    term = make(name)
+    torch.manual_seed(1)
+    before = term(student, teacher, Pixels(labels, teacher))
+    student = torch.where(ignored, 1e4 * torch.randn_like(student), student).requires_grad_()
+    teacher = torch.where(ignored, -teacher, teacher)
+    torch.manual_seed(1)
+    after = term(student, teacher, Pixels(labels, teacher))
+    after.backward()
+    torch.testing.assert_close(after, before)
+    assert student.grad[ignored.expand_as(student)].abs().max() == 0
+    assert student.grad.abs().max() > 0
+
+
+def test_nothing_to_learn_from_is_a_zero_on_the_graph(name):
+    student, teacher, labels = batch(ignored=1.1)
+    student.requires_grad_()
+    loss = make(name)(student, teacher, Pixels(labels, teacher))
+    loss.backward()
+    assert loss.item() == 0
+    assert student.grad.abs().max() == 0
+
+
+def test_student_learns_and_teacher_does_not(name):
+    student, teacher, labels = batch()
+    student.requires_grad_(), teacher.requires_grad_()
+    make(name)(student, teacher, Pixels(labels, teacher)).backward()
+    assert student.grad.abs().max() > 0
+    assert teacher.grad is None
+
+
+def test_zero_where_student_is_the_teacher(name):
+    _, teacher, labels = batch()
+    assert make(name)(teacher.clone(), teacher, Pixels(labels, teacher)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_scale_does_not_depend_on_crop_size(name):
+    """Trap 4: a sum over pixels would grow sixteenfold."""
+    student, teacher, labels = batch(ignored=0)
+    # Few enough points that every crop has them.
+    losses = [
+        make(name)(s, t, Pixels(t.argmax(1), t))
+        for s, t in ((student, teacher), (student.repeat(4, 1, 4, 4), teacher.repeat(4, 1, 4, 4)))
+    ]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.35)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_extreme_values_stay_finite(name, scale):
+    student, teacher, labels = batch()
+    student = (student * scale).requires_grad_()
+    loss = make(name)(student, teacher * scale, Pixels(labels, teacher))
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_changes_nothing_but_the_inputs(name, dtype):
+    """Trap 6: under autocast the maths stays in float32."""
+    student, teacher, labels = batch()
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    torch.manual_seed(1)
+    expected = make(name)(student.float(), teacher.float(), Pixels(labels, teacher))
+    torch.manual_seed(1)
+    with torch.autocast("cpu", dtype=dtype):
+        got = make(name)(student, teacher, Pixels(labels, teacher))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_keeps_double_precision(name):
+    student, teacher, labels = batch()
+    assert make(name)(student.double(), teacher.double(), Pixels(labels, teacher)).dtype == torch.float64
+
+
+def test_compiles_into_one_graph(name):
+    torch.compiler.reset()
+    student, teacher, labels = batch()
+    student.requires_grad_()
+    loss = torch.compile(make(name), fullgraph=True, backend="aot_eager")(student, teacher, Pixels(labels, teacher))
+    loss.backward()
+    assert loss.item() > 0
+
+
+def test_needs_no_device_but_that_of_its_inputs(name):
+    """Trap 5: a tensor made on a fixed device would not meet one on "meta"; nor may anything be read back to the host."""
+    student, teacher = (torch.empty(2, CLASSES, 8, 10, device="meta") for _ in range(2))
+    labels = torch.empty(2, 8, 10, dtype=torch.int64, device="meta")
+    student.requires_grad_()
+    loss = make(name)(student, teacher, Pixels(labels, teacher))
+    loss.backward()
+    assert loss.device.type == "meta"
+    assert student.grad.shape == student.shape
+
+
+def test_shapes_are_named(name):
+    student, teacher, labels = batch()
+    with pytest.raises(GSKDError, match=r"student: expected \(B, C, h, w\)"):
+        make(name)(student[0], teacher, Pixels(labels, teacher))
+    with pytest.raises(GSKDError, match=r"teacher: expected \(2, C, h, w\)"):
+        make(name)(student, teacher[:1], Pixels(labels, teacher))
+    with pytest.raises(GSKDError, match=r"labels: expected \(2, H, W\)"):
+        make(name)(student, teacher, Pixels(labels[:1], teacher[:1]))
