@@ -94,9 +94,13 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     found = read_tensors(checkpoint.path / "model.safetensors")
     if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in found.items()}:
         odd = sorted(
-            key for key in own.keys() | found.keys() if key not in own or key not in found or own[key].shape != found[key].shape
+            key
+            for key in own.keys() | found.keys()
+            if key not in own or key not in found or own[key].shape != found[key].shape
         )
-        raise GSKDError(f"checkpoint {checkpoint.path}: was made by another model; {len(odd)} keys differ, first {odd[:3]}")
+        raise GSKDError(
+            f"checkpoint {checkpoint.path}: was made by another model; {len(odd)} keys differ, first {odd[:3]}"
+        )
     model.load_state_dict(found)
     groups = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))["optimizer"]
     tensors = read_tensors(checkpoint.path / "optimizer.safetensors")
@@ -133,7 +137,12 @@ def _optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, T
     # safetensors and JSON instead of torch.save: neither can carry code. Every optimiser of torch.optim that is offered
     # keeps tensors only (AdamW: step, exp_avg, exp_avg_sq; SGD: momentum_buffer).
     whole = optimizer.state_dict()
-    tensors = {f"{index}.{name}": value for index, state in whole["state"].items() for name, value in state.items() if value is not None}
+    tensors = {
+        f"{index}.{name}": value
+        for index, state in whole["state"].items()
+        for name, value in state.items()
+        if value is not None
+    }
     assert all(isinstance(value, Tensor) for value in tensors.values()), {k: type(v) for k, v in tensors.items()}
     return tensors, json.loads(json.dumps(whole["param_groups"]))
 

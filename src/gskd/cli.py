@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from gskd.errors import GSKDError
 
@@ -21,17 +22,31 @@ app = typer.Typer(
 )
 console = Console(highlight=False)
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe, for example recipes/scenes.yaml.")]
+data_app = typer.Typer(help="Look at a dataset before training on it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A YAML file, or the name of a shipped recipe: scenes, scenes_teacher, camvid_teacher, camvid_student,"
+        " camvid_gskd, cityscapes_r101_r18.",
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by train or distill.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Change fields of the recipe, for example train.steps=500 output=runs/a."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Change fields of the recipe, for example train.steps=500 output=runs/a."
+    ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder; start it if there is none.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in the output folder; start it if there is none.")
+]
 
 
 @app.command()
-def train(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False) -> None:
+def train(recipe: RecipeName, overrides: Overrides = None, resume: Resume = False) -> None:
     """Train the recipe's model on labels alone: a teacher, or the plain student as a baseline.
 
     Teacher and terms of the recipe are left out, so the same recipe gives the baseline of its distillation.
@@ -40,7 +55,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = Fals
 
 
 @app.command()
-def distill(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False) -> None:
+def distill(recipe: RecipeName, overrides: Overrides = None, resume: Resume = False) -> None:
     """Train the recipe's model against its teacher, with the recipe's terms beside the labels.
 
     The teacher's own score is measured and printed first.
@@ -48,15 +63,138 @@ def distill(recipe: RecipeFile, overrides: Overrides = None, resume: Resume = Fa
     _train(recipe, overrides, distill=True, resume=resume)
 
 
-def _train(recipe_file: Path, overrides: list[str] | None, *, distill: bool, resume: bool) -> None:
+def _train(recipe_name: str, overrides: list[str] | None, *, distill: bool, resume: bool) -> None:
     from gskd.recipe import load_recipe
 
-    recipe = load_recipe(recipe_file, overrides or [])  # before the slow imports: a typing mistake shows at once
+    recipe = load_recipe(recipe_name, overrides or [])  # before the slow imports: a typing mistake shows at once
 
     from gskd.pipeline import train_model
     from gskd.run import Run
 
     train_model(recipe, Run(Path(recipe.output)), distill=distill, resume=resume)
+
+
+@app.command("eval")
+def evaluate_run(
+    run: RunFolder,
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="The split to score.")] = "val",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the score to this new file.")] = None,
+) -> None:
+    """Score a run's best weights: dataset mIoU, per-class IoU, pixel accuracy.
+
+    Sliding windows, flips and scales by overrides, for example eval.flip=true eval.scales=[0.75,1,1.25].
+    """
+    import json
+
+    from gskd.checkpoint import write_text
+    from gskd.evaluation import evaluate
+    from gskd.pipeline import open_split
+    from gskd.progress import Progress
+    from gskd.run import Run, inference_of
+
+    folder = Run(run)
+    recipe = folder.load_recipe(tuple(overrides or ()))
+    if json_file is not None and json_file.exists():
+        raise GSKDError(f"--json {json_file}: exists already; expected a new file")
+    data = open_split(recipe, split)
+    if list(data.classes) != folder.info()["classes"]:
+        raise GSKDError(f"run {run}: was trained on classes {folder.info()['classes']}, {split} has {list(data.classes)}")
+    model = folder.load_model(recipe).to(_device(recipe.train.device))
+    with Progress(console) as progress:
+        score = evaluate(model, data, inference_of(recipe), progress.counter(f"scoring {split}"))
+    console.print(_score_table(f"{run} on {split}, {len(data)} images", score.to_dict(data.classes)))
+    if json_file is not None:
+        write_text(json_file, json.dumps(score.to_dict(data.classes), indent=1))
+
+
+@app.command("predict")
+def predict_run(
+    run: RunFolder,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files or folders of images.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the label maps.")],
+) -> None:
+    """Segment images: index PNGs, colour PNGs and overlays, each of its image's size."""
+    from gskd.prediction import find_images, predict_images
+    from gskd.progress import Progress
+    from gskd.run import Run
+
+    found = find_images(images)
+    with Progress(console) as progress:
+        predict_images(Run(run), found, output, on_progress=progress.counter("predicting"))
+    console.print(f"{len(found)} images: {output}/index, {output}/colour, {output}/overlay", soft_wrap=True)
+
+
+@data_app.command("check")
+def check_data(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Read every sample of a recipe's splits: sizes, unreadable files, labels out of range, class shares.
+
+    Exits 2 if there is a problem, after naming all of them.
+    """
+    from gskd.data.check import check_dataset
+    from gskd.pipeline import open_split
+    from gskd.progress import Progress
+    from gskd.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    loaded.data.cache_gib = 0
+    reports = {}
+    for split in dict.fromkeys([loaded.data.train, loaded.data.val, loaded.data.test]):
+        if split is not None:
+            with Progress(console) as progress:
+                reports[split] = check_dataset(open_split(loaded, split), progress.counter(f"reading {split}"))
+    table = Table(title="share of all pixels, and images that hold the class")
+    table.add_column("class")
+    for split, report in reports.items():
+        table.add_column(f"{split}: {report.samples} images", justify="right")
+    for i, row in enumerate(next(iter(reports.values())).classes):
+        cells = [report.classes[i] for report in reports.values()]
+        table.add_row(row.name, *(f"{100 * cell.share:.2f} %  in {cell.images}" for cell in cells))
+    table.add_row("(ignored)", *(f"{100 * report.void_share:.2f} %" for report in reports.values()))
+    console.print(table)
+    for split, report in reports.items():
+        sizes = ", ".join(f"{count} of {height} x {width}" for (height, width), count in report.sizes.items())
+        console.print(f"{split}: {sizes}", soft_wrap=True)
+        for line in [*report.notes, *report.problems]:
+            console.print(f"{split}: {line}", markup=False, soft_wrap=True)
+    problems = sum(len(report.problems) for report in reports.values())
+    if problems:
+        raise GSKDError(f"data: {problems} problems in {sum(r.samples for r in reports.values())} samples, listed above")
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for runs and picture.")] = Path("runs/demo"),
+) -> None:
+    """Run the main job on built-in street scenes: teacher, plain student, GSKD student, table and picture.
+
+    A few minutes on two CPU cores. What is finished in the output folder is not done again.
+    """
+    from gskd.demo import run_demo
+
+    run_demo(output, console, tuple(overrides or ()))
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    return "cuda" if wanted == "auto" and torch.cuda.is_available() else "cpu"
+
+
+def _score_table(title: str, score: dict[str, Any]) -> Table:
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.2f}"
+
+    table = Table(title=title)
+    table.add_column("")
+    table.add_column("%", justify="right")
+    table.add_row("mIoU", percent(score["miou"]), style="bold")
+    table.add_row("pixel accuracy", percent(score["pixel_accuracy"]))
+    table.add_section()
+    for name, value in score["iou"].items():
+        table.add_row(f"IoU {name}", percent(value))
+    return table
 
 
 def main(arguments: list[str] | None = None) -> Any:

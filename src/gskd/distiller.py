@@ -122,9 +122,7 @@ class Distiller(nn.Module):
         self._teacher = (freeze(teacher),) if teacher is not None else ()
         self.teacher_dtype = teacher_dtype
         self.student_layers = {name: _layer(student, term.student, term.loss) for name, term in terms.items()}
-        self.teacher_layers = {
-            name: _layer(self._teacher[0], term.teacher, term.loss) for name, term in terms.items()
-        }
+        self.teacher_layers = {name: _layer(self._teacher[0], term.teacher, term.loss) for name, term in terms.items()}
 
     @property
     def teacher(self) -> nn.Module | None:

@@ -108,7 +108,9 @@ def _starts(length: int, window: int, overlap: float) -> list[int]:
 def _padded_logits(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
     height, width = images.shape[-2:]
     images = F.pad(images, (0, -width % DIVISOR, 0, -height % DIVISOR))  # zero is the mean colour
-    with torch.autocast(images.device.type, dtype=torch.bfloat16 if dtype == torch.float32 else dtype, enabled=dtype != torch.float32):
+    with torch.autocast(
+        images.device.type, dtype=torch.bfloat16 if dtype == torch.float32 else dtype, enabled=dtype != torch.float32
+    ):
         logits = logits_of(model(images)).float()
     if logits.shape[-2:] != images.shape[-2:]:
         logits = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)

@@ -73,7 +73,9 @@ def _build_smp(architecture: str, arguments: dict[str, Any], num_classes: int | 
         raise GSKDError(f"model 'smp:{architecture}': unknown encoder {encoder!r}{near_names(encoder, encoders)}")
     if num_classes is not None:
         if arguments.get("classes", num_classes) != num_classes:
-            raise GSKDError(f"model 'smp:{architecture}': args.classes is {arguments['classes']}, the data has {num_classes}")
+            raise GSKDError(
+                f"model 'smp:{architecture}': args.classes is {arguments['classes']}, the data has {num_classes}"
+            )
         arguments["classes"] = num_classes
     return _call(f"smp:{architecture}", architectures[architecture], arguments)
 
@@ -128,7 +130,9 @@ def check_classes(model: nn.Module, num_classes: int, name: str) -> None:
         for module, mode in training.items():
             module.training = mode
     if logits.ndim != 4 or logits.shape[1] != num_classes:
-        raise GSKDError(f"{name}: gives logits of shape {tuple(logits.shape)}; expected (B, {num_classes}, h, w) for the data's classes")
+        raise GSKDError(
+            f"{name}: gives logits of shape {tuple(logits.shape)}; expected (B, {num_classes}, h, w) for the data's classes"
+        )
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,11 @@ class WeightsReport:
 
     def __str__(self) -> str:
         parts = []
-        for title, keys in {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.misshapen}.items():
+        for title, keys in {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "of another shape": self.misshapen,
+        }.items():
             if keys:
                 parts.append(f"{len(keys)} {title} ({', '.join(keys)})")
         return "; ".join(parts) or "every key matches"

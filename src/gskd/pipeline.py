@@ -32,7 +32,9 @@ def open_split(recipe: Recipe, split: str) -> SegmentationDataset:
     return Cached(data, recipe.data.cache_gib) if recipe.data.cache_gib > 0 else data
 
 
-def train_model(recipe: Recipe, run: Run, *, distill: bool, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+def train_model(
+    recipe: Recipe, run: Run, *, distill: bool, resume: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
     """Trains the recipe's model, alone or against its teacher, and scores it.
 
     Args:
@@ -59,7 +61,11 @@ def train_model(recipe: Recipe, run: Run, *, distill: bool, resume: bool = False
         run.check_free()
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
-    splits = {name: open_split(recipe, name) for name in dict.fromkeys([recipe.data.train, recipe.data.val, recipe.data.test]) if name}
+    splits = {
+        name: open_split(recipe, name)
+        for name in dict.fromkeys([recipe.data.train, recipe.data.val, recipe.data.test])
+        if name
+    }
     train_data, val_data = splits[recipe.data.train], splits[recipe.data.val]
     torch.manual_seed(recipe.seed)  # the student's first weights depend on the seed alone, not on teacher or terms
     student = build_recipe_model(recipe.model, train_data, "model")
@@ -80,7 +86,9 @@ def train_model(recipe: Recipe, run: Run, *, distill: bool, resume: bool = False
     accelerator.wait_for_everyone()
 
     with progress:
-        progress.say(f"{run.path}: {type(student).__name__}, {count_parameters(student) / 1e6:.2f} M parameters, {accelerator.device}")
+        progress.say(
+            f"{run.path}: {type(student).__name__}, {count_parameters(student) / 1e6:.2f} M parameters, {accelerator.device}"
+        )
         scored = {split: splits[split] for split in (recipe.data.val, recipe.data.test) if split}
         teacher_scores = {}
         if teacher is not None and teacher_model is not None:
@@ -110,7 +118,12 @@ def train_model(recipe: Recipe, run: Run, *, distill: bool, resume: bool = False
 
 
 def _final_scores(
-    recipe: Recipe, run: Run, student: nn.Module, scored: dict[str, SegmentationDataset], last: Score, progress: Progress
+    recipe: Recipe,
+    run: Run,
+    student: nn.Module,
+    scored: dict[str, SegmentationDataset],
+    last: Score,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Scores of the last and of the best weights; val picked the best, so only its test score is free of that choice."""
     inference = inference_of(recipe)
@@ -147,7 +160,9 @@ def _build_teacher(spec: TeacherRecipe, data: SegmentationDataset) -> tuple[nn.M
     recipe = run.load_recipe()
     classes = run.info()["classes"]
     if classes != list(data.classes):
-        raise GSKDError(f"teacher {run.path}: was trained on {len(classes)} classes {classes}; the data has {list(data.classes)}")
+        raise GSKDError(
+            f"teacher {run.path}: was trained on {len(classes)} classes {classes}; the data has {list(data.classes)}"
+        )
     return run.load_model(recipe), recipe.model
 
 
@@ -184,7 +199,9 @@ def _check_same(old: Recipe, new: Recipe, run: Run) -> None:
     a, b = core(old).splitlines(), core(new).splitlines()
     if a != b:
         first = next(((x, y) for x, y in zip(a, b, strict=False) if x != y), ("fewer lines", "more lines"))
-        raise GSKDError(f"run {run.path}: was begun with another recipe ({first[0].strip()!r}, now {first[1].strip()!r})")
+        raise GSKDError(
+            f"run {run.path}: was begun with another recipe ({first[0].strip()!r}, now {first[1].strip()!r})"
+        )
 
 
 def _path(text: str) -> Any:

@@ -193,14 +193,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe.
 
     Args:
-        path: a YAML file.
+        path: a YAML file, or the name of a recipe shipped with the package, such as ``"scenes"``.
         overrides: ``dotted.key=value``, each value read as YAML; they win over the file.
 
     Raises:
         GSKDError: the file cannot be read, or anything in it or in the overrides does not fit; every mistake is named.
     """
+    shipped = {file.stem: file for file in (Path(__file__).parent / "recipes").glob("*.yaml")}
+    file = Path(path)
+    if not file.is_file():
+        if str(path) not in shipped:
+            near = near_names(str(path), shipped)
+            raise GSKDError(f"recipe {path}: no such file, and no recipe of this name is shipped{near}")
+        file = shipped[str(path)]
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise GSKDError(f"recipe {path}: cannot be read: {_reason(error)}") from None
     try:
@@ -389,7 +396,9 @@ def _conflicts(recipe: Recipe) -> list[str]:
     wrong += [f"{name}: expected two numbers, got {value}" for name, value in pairs.items() if len(value) != 2]
     for name, model in {"model": recipe.model, "teacher.model": recipe.teacher and recipe.teacher.model}.items():
         if is_dataclass(model) and (len(model.mean) != 3 or len(model.std) != 3 or min(model.std) <= 0):
-            wrong.append(f"{name}.mean and std: expected three numbers each, std above 0, got {model.mean}, {model.std}")
+            wrong.append(
+                f"{name}.mean and std: expected three numbers each, std above 0, got {model.mean}, {model.std}"
+            )
     if not recipe.eval.scales or min(recipe.eval.scales) <= 0:
         wrong.append(f"eval.scales: expected factors above 0, got {recipe.eval.scales}")
     if not 0 <= recipe.eval.overlap < 1:

@@ -107,7 +107,9 @@ class Run:
     def load_recipe(self, overrides: tuple[str, ...] = ()) -> Recipe:
         """The recipe the run was made with."""
         if not self.exists:
-            raise GSKDError(f"run {self.path}: holds no recipe.yaml; expected a folder made by gskd train or gskd distill")
+            raise GSKDError(
+                f"run {self.path}: holds no recipe.yaml; expected a folder made by gskd train or gskd distill"
+            )
         return load_recipe(self.recipe_file, overrides)
 
     def info(self) -> dict[str, Any]:

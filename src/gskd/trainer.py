@@ -245,4 +245,3 @@ def _flat(record: dict[str, Any]) -> dict[str, float]:
     for name, values in record["terms"].items():
         flat[f"terms/{name}"], flat[f"weighted/{name}"] = values["raw"], values["weighted"]
     return flat
-

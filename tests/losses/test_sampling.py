@@ -67,7 +67,7 @@ def test_every_pixel_of_a_class_is_equally_likely():
     points = class_balanced_sample(labels, 2, 3)
     seen = torch.bincount(points.index.flatten(), minlength=20).double()
     expected = 400 * 3 / 10
-    # Variance of a pixel's count is n p (1 - p), so this is chi-square with 9 degrees of freedom per class; 99.99 % < 34.
+    # A pixel's count has variance n p (1 - p): chi-square with 9 degrees of freedom per class, 99.99 % below 34.
     for pixels in (seen[:10], seen[10:]):
         assert ((pixels - expected) ** 2 / (expected * (1 - 3 / 10))).sum() * 9 / 10 < 34
 

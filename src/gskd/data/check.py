@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gskd.data import IGNORE, Sample, SegmentationDataset
-from gskd.data._files import few
+from gskd.data.files import few
 from gskd.errors import GSKDError
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gskd.data import IGNORE, Sample, SegmentationDataset
-from gskd.data._files import SHOWN, count, few, match_pairs, read_colour, read_index, read_rgb
+from gskd.data.files import SHOWN, count, few, match_pairs, read_colour, read_index, read_rgb
 from gskd.data.palettes import CAMVID_CLASSES, CAMVID_PALETTE
 from gskd.data.scenes import Scenes
 from gskd.errors import GSKDError, near_names

@@ -88,8 +88,8 @@ def class_balanced_sample(
     # sorting (B, P) composite floats, and unlike those it has no ties.
     shuffle = torch.randperm(batch * pixels, device=device, generator=generator)
     segment = classes + torch.arange(batch, device=device).unsqueeze(1) * (num_classes + 1)
-    ordered, place = segment.int().flatten()[shuffle].sort(stable=True)
-    drawn = shuffle[place].view(batch, pixels) % pixels
+    ordered, place = segment.int().flatten().index_select(0, shuffle).sort(stable=True)
+    drawn = shuffle.index_select(0, place).view(batch, pixels) % pixels
 
     segments = torch.arange(batch * (num_classes + 1) + 1, device=device, dtype=ordered.dtype)
     counts = torch.searchsorted(ordered, segments).diff().view(batch, num_classes + 1)

@@ -1,0 +1,37 @@
+# `make demo` and `make test` set up everything they need on a fresh machine (Python 3.11+) in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test test-all lint format benchmark clean
+
+demo: $(INSTALLED)  ## the main job on the built-in scenes: teacher, plain student, GSKD student, table and picture
+	$(BIN)/gskd demo --output runs/demo
+
+test: $(INSTALLED)  ## the fast suite
+	$(BIN)/python -m pytest -q
+
+test-all: $(INSTALLED) lint  ## with the slow tests
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+lint: $(INSTALLED)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(INSTALLED)  ## time and memory of the losses
+	$(BIN)/python benchmarks/loss_cost.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'gskd needs Python 3.11 or newer')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
