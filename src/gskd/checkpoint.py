@@ -1,11 +1,13 @@
 """Checkpoints that can be trusted: written atomically, hashed, and read without running code.
 
-``checkpoints/step-00000500/`` holds the distiller's weights (student and projectors), the optimiser's state and a manifest
-with the SHA-256 of both. No random state is kept: order, views and the randomness of a step are functions of (seed, step).
+``checkpoints/step-00000500/`` holds the distiller's weights (student and projectors), the optimiser's state and a
+manifest with the SHA-256 of both. No random state is kept: order, views and the randomness of a step are functions of
+(seed, step).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from gskd.errors import GSKDError
 from gskd.models import read_tensors, write_tensors
 
-MANIFEST = "manifest.json"
+MANIFEST, MODEL, OPTIMIZER = "manifest.json", "model.safetensors", "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,26 +47,32 @@ def save_checkpoint(
     Raises:
         GSKDError: the disk is full or the folder not writable; older checkpoints are then untouched.
     """
-    name = f"step-{step:08d}"
-    partial, final = folder / f"{name}.partial", folder / name
+    partial, final = folder / f"{_name(step)}.partial", folder / _name(step)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_tensors(model.state_dict(), partial / "model.safetensors")
+        write_tensors(model.state_dict(), partial / MODEL)
         tensors, groups = _optimizer_to_tensors(optimizer)
-        write_tensors(tensors, partial / "optimizer.safetensors")
+        write_tensors(tensors, partial / OPTIMIZER)
         manifest = {
             "step": step,
             "state": state,
             "optimizer": groups,
-            "sha256": {file.name: _sha256(file) for file in sorted(partial.glob("*.safetensors"))},
+            "sha256": {file.name: _sha256(file) for file in (partial / MODEL, partial / OPTIMIZER)},
         }
         write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-    except OSError as error:
+    except (OSError, GSKDError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+        if isinstance(error, GSKDError):
+            raise
         raise GSKDError(f"checkpoint {final}: cannot be written: {error.strerror or error}") from None
-    for old in _folders(folder)[keep:]:
+    # Later steps than this one are damaged checkpoints that a resumed run has gone back behind: none may take the place
+    # of a whole one among those kept.
+    finished = _folders(folder)
+    newest = finished.index(final)
+    for old in finished[:newest] + finished[newest + keep :]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -75,11 +83,16 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in _folders(folder):
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            for file, digest in manifest["sha256"].items():
-                if _sha256(path / file) != digest:
+            for file in (MODEL, OPTIMIZER):
+                if _sha256(path / file) != manifest["sha256"][file]:
                     raise ValueError(f"{file} does not match its hash")
-            return Checkpoint(path, int(manifest["step"]), manifest["state"]), damaged
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            step, state = manifest["step"], manifest["state"]
+            if path.name != _name(step) or not isinstance(state, dict) or not isinstance(manifest["optimizer"], list):
+                raise ValueError(f"{MANIFEST} does not describe it")
+            return Checkpoint(path, step, state), damaged
+        except KeyError as error:
+            damaged.append(f"checkpoint {path} is damaged and skipped: {MANIFEST} has no {error}")
+        except (OSError, ValueError, TypeError) as error:
             damaged.append(f"checkpoint {path} is damaged and skipped: {getattr(error, 'strerror', None) or error}")
     return None, damaged
 
@@ -91,7 +104,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         GSKDError: it was made by another model or optimiser.
     """
     own = model.state_dict()
-    found = read_tensors(checkpoint.path / "model.safetensors")
+    found = read_tensors(checkpoint.path / MODEL)
     if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in found.items()}:
         odd = sorted(
             key
@@ -101,17 +114,23 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         raise GSKDError(
             f"checkpoint {checkpoint.path}: was made by another model; {len(odd)} keys differ, first {odd[:3]}"
         )
-    model.load_state_dict(found)
     groups = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))["optimizer"]
-    tensors = read_tensors(checkpoint.path / "optimizer.safetensors")
+    tensors = read_tensors(checkpoint.path / OPTIMIZER)
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = tensor
+    # load_state_dict compares the number of parameters only: SGD would take AdamW's state, and stop in its next step.
+    for group, other in zip(optimizer.param_groups, groups, strict=False):
+        if lacking := sorted(group.keys() - other.keys()):
+            raise GSKDError(
+                f"checkpoint {checkpoint.path}: was made by another optimiser, which knows no {', '.join(lacking)}"
+            )
     try:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except ValueError as error:
         raise GSKDError(f"checkpoint {checkpoint.path}: was made by another optimiser: {error}") from None
+    model.load_state_dict(found)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -124,8 +143,13 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nothing was begun where the folder itself is missing or a file
+            partial.unlink()
         raise GSKDError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _folders(folder: Path) -> list[Path]:

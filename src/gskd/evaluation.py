@@ -101,7 +101,9 @@ def _starts(length: int, window: int, overlap: float) -> list[int]:
     """Evenly spaced window starts that reach both borders and overlap by at least the share asked."""
     if length <= window:
         return [0]
-    count = math.ceil((length - window) / max(1, window * (1 - overlap))) + 1
+    # A whole number of pixels at most, else rounding the starts could leave a pixel less overlap than was asked.
+    stride = max(1, math.floor(window * (1 - overlap) + 1e-6))
+    count = math.ceil((length - window) / stride) + 1
     return [round(i * (length - window) / (count - 1)) for i in range(count)]
 
 

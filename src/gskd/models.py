@@ -6,6 +6,7 @@ A model is any ``nn.Module`` that takes images (B, 3, H, W) and whose output hol
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -43,13 +44,17 @@ def build_model(name: str, args: Mapping[str, Any] | None = None, num_classes: i
         raise GSKDError(f"model {name!r}: expected smp:Architecture or package.module:callable")
     if source == "smp":
         return _build_smp(target, arguments, num_classes)
+    import gskd._torchvision  # noqa: F401 (the module may import torchvision)
+
     try:
-        factory = getattr(importlib.import_module(source), target)
-    except ImportError as error:
-        raise GSKDError(f"model {name!r}: cannot import {source}: {error}") from None
-    except AttributeError:
-        known = [key for key in vars(importlib.import_module(source)) if not key.startswith("_")]
-        raise GSKDError(f"model {name!r}: {source} has no {target}{near_names(target, known)}") from None
+        module = importlib.import_module(source)
+    except Exception as error:  # a foreign module may raise anything while it is imported
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise GSKDError(f"model {name!r}: cannot import {source}: {what[:400]}") from error
+    if not hasattr(module, target):
+        known = [key for key in vars(module) if not key.startswith("_")]
+        raise GSKDError(f"model {name!r}: {source} has no {target}{near_names(target, known)}")
+    factory = getattr(module, target)
     if num_classes is not None and "num_classes" not in arguments and _takes(factory, "num_classes"):
         arguments["num_classes"] = num_classes
     model = _call(name, factory, arguments)
@@ -69,7 +74,8 @@ def _build_smp(architecture: str, arguments: dict[str, Any], num_classes: int | 
         raise GSKDError(f"model 'smp:{architecture}': unknown architecture{near_names(architecture, architectures)}")
     encoder = arguments.get("encoder_name", "resnet34")
     encoders = _smp_encoders()
-    if isinstance(encoder, str) and encoder not in encoders and not encoder.startswith("tu-hf"):
+    # timm names may end in the tag of their weights (tu-resnet18.a1_in1k), and hf-hub names are not listed anywhere.
+    if isinstance(encoder, str) and encoder.partition(".")[0] not in encoders and not encoder.startswith("tu-hf"):
         raise GSKDError(f"model 'smp:{architecture}': unknown encoder {encoder!r}{near_names(encoder, encoders)}")
     if num_classes is not None:
         if arguments.get("classes", num_classes) != num_classes:
@@ -222,5 +228,6 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Map
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nothing was begun where the folder itself is missing or a file
+            partial.unlink()
         raise GSKDError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None

@@ -90,7 +90,7 @@ def train_model(
             f"{run.path}: {type(student).__name__}, {count_parameters(student) / 1e6:.2f} M parameters, {accelerator.device}"
         )
         scored = {split: splits[split] for split in (recipe.data.val, recipe.data.test) if split}
-        teacher_scores = {}
+        teacher_score: Score | None = None
         if teacher is not None and teacher_model is not None:
             assert recipe.teacher is not None
             spec = replace(recipe, model=teacher_model)
@@ -99,10 +99,9 @@ def train_model(
                 inference = replace(inference, dtype=autocast_dtype(recipe.teacher.precision))
             layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
             teacher.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]
-            for split, data in scored.items():
-                score = evaluate(teacher, data, inference, progress.counter(f"scoring the teacher on {split}"))
-                progress.score(f"teacher on {split}", score)
-                teacher_scores[split] = score
+            counter = progress.counter(f"scoring the teacher on {recipe.data.val}")
+            teacher_score = evaluate(teacher, val_data, inference, counter)
+            progress.score(f"teacher on {recipe.data.val}", teacher_score)
         started = time.perf_counter()
         last = fit(distiller, recipe, run, accelerator, train_data, val_data, progress, resume, teacher_model)
         seconds = time.perf_counter() - started
@@ -110,7 +109,7 @@ def train_model(
     result |= {
         "parameters": count_parameters(student),
         "seconds": seconds,
-        "teacher": {split: score.to_dict(val_data.classes) for split, score in teacher_scores.items()},
+        "teacher": teacher_score and {recipe.data.val: teacher_score.to_dict(val_data.classes)},
     }
     if accelerator.is_main_process:
         write_text(run.result, json.dumps(result, indent=1))

@@ -5,14 +5,16 @@ The dataclasses below are the whole schema and its documentation: a field that i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gskd.errors import GSKDError, near_names
@@ -85,7 +87,7 @@ class AugmentRecipe:
 class ModelRecipe:
     """A network: `smp:Architecture` or `package.module:callable`, with arguments and weights."""
 
-    name: str = MISSING
+    name: str = ""
     args: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
     """A .safetensors file, or a run folder (then its best student)."""
@@ -177,7 +179,7 @@ class EvalRecipe:
 class Recipe:
     """Everything one run needs. `gskd train` trains `model` alone; `gskd distill` adds `teacher` and `terms`."""
 
-    output: str = MISSING
+    output: str = ""
     """The run folder."""
     seed: int = 0
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -185,6 +187,7 @@ class Recipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     teacher: TeacherRecipe | None = None
     terms: dict[str, TermRecipe] = field(default_factory=dict)
+    """By a name of your choice; a term that is null is left out, so that `terms.kd=null` removes one."""
     train: TrainRecipe = field(default_factory=TrainRecipe)
     eval: EvalRecipe = field(default_factory=EvalRecipe)
 
@@ -211,7 +214,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise GSKDError(f"recipe {path}: cannot be read: {_reason(error)}") from None
     try:
-        tree = yaml.load(text, _UniqueKeys)
+        tree = _read_yaml(text)
     except yaml.YAMLError as error:
         raise GSKDError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
     return parse_recipe(tree, overrides, source=f"recipe {path}")
@@ -230,15 +233,19 @@ def parse_recipe(tree: Any, overrides: Sequence[str] = (), source: str = "recipe
             mistakes.append(f"override {override!r}: expected key=value")
             continue
         try:
-            _set(tree, key.split("."), yaml.load(value, _UniqueKeys))
-        except yaml.YAMLError:
-            mistakes.append(f"override {override!r}: the value is not valid YAML")
+            _set(tree, key.split("."), _read_yaml(value))
+        except yaml.YAMLError as error:
+            mistakes.append(f"override {override!r}: the value is not valid YAML: {' '.join(str(error).split())}")
         except TypeError:
             mistakes.append(f"override {override!r}: {key.rsplit('.', 1)[0]} holds a value, not further keys")
-    cleaned = _check(tree, Recipe, "", mistakes)
-    if not mistakes:
-        recipe: Recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), cleaned))  # type: ignore[assignment]
-        mistakes += _conflicts(recipe)
+    misfits: dict[str, str] = {}
+    cleaned = _check(tree, Recipe, "", misfits)
+    recipe: Recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), cleaned))  # type: ignore[assignment]
+    mistakes += misfits.values()
+    for where, conflict in _conflicts(recipe):
+        # A field that did not fit stands at its default here: what that conflicts with is no mistake of the user's.
+        if not any(f"{misfit}.".startswith(f"{where}.") or f"{where}.".startswith(f"{misfit}.") for misfit in misfits):
+            mistakes.append(f"{where}: {conflict}")
     if mistakes:
         raise GSKDError(f"{source}: " + "; ".join(mistakes))
     return recipe
@@ -246,15 +253,17 @@ def parse_recipe(tree: Any, overrides: Sequence[str] = (), source: str = "recipe
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every default spelled out."""
-    return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False)
+    return yaml.dump(_plain(asdict(recipe)), Dumper=_Dumper, sort_keys=False)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but a key that stands twice is an error, and 1e-3 is a number."""
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but a key that stands twice is an error, 1e-3 is a number and a date is text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *anchor, whose keys may stand here again
+                continue
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
             if isinstance(key, (str, int, float, bool)) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
@@ -262,11 +271,24 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_UniqueKeys.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: the text '1e3' is quoted, since it would come back as a number."""
+
+
+_FLOAT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def _read_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, RecursionError) as error:  # PyYAML lets through what the constructors of its scalars raise
+        raise yaml.YAMLError(str(error)) from None
 
 
 def _reason(error: Exception) -> str:
@@ -310,97 +332,124 @@ _CHILDREN: dict[tuple[type, str], type] = {
 }
 
 
-def _check(tree: dict[str, Any], schema: type, prefix: str, mistakes: list[str]) -> dict[str, Any]:
-    """Checks one level field by field, since OmegaConf stops at its first mistake and we report all of them."""
-    names = [f.name for f in fields(schema)]
+def _check(tree: dict[str, Any], schema: type, prefix: str, misfits: dict[str, str]) -> dict[str, Any]:
+    """Keeps what fits one level of the schema; what does not goes into ``misfits``, a message by dotted path.
+
+    Field by field, since OmegaConf stops at its first mistake and we report all of them.
+    """
+    annotations = {f.name: str(f.type) for f in fields(schema)}
     kept: dict[str, Any] = {}
     for key, value in tree.items():
         where = f"{prefix}{key}"
-        if key not in names:
-            mistakes.append(f"unknown key {where}{near_names(str(key), names)}")
-            continue
         child = _CHILDREN.get((schema, key))
-        if child is not None and value is not None:
-            if isinstance(value, dict):
-                kept[key] = _check(value, child, where + ".", mistakes)
-            else:
-                mistakes.append(f"{where}: expected keys and values, found {value!r}")
-            continue
-        if schema is Recipe and key == "terms" and isinstance(value, dict):
+        magic = next(_magic(value), None)
+        if key not in annotations:
+            misfits[where] = f"unknown key {where}{near_names(str(key), annotations)}"
+        elif child is not None and isinstance(value, dict):
+            kept[key] = _check(value, child, where + ".", misfits)
+        elif schema is Recipe and key == "terms" and isinstance(value, dict):
             kept[key] = {}
             for name, term in value.items():
-                if term is None or isinstance(term, dict):
-                    kept[key][str(name)] = _check(term or {}, TermRecipe, f"{where}.{name}.", mistakes)
-                else:
-                    mistakes.append(f"{where}.{name}: expected keys and values, found {term!r}")
-            continue
-        try:
-            OmegaConf.merge(OmegaConf.structured(schema), {key: value})
-        except OmegaConfBaseException as error:
-            expected = next(f.type for f in fields(schema) if f.name == key)
-            reason = str(error).splitlines()[0]
-            choices = [m.value for m in _enum_of(str(expected))]
-            wanted = f"one of {', '.join(choices)}" if choices else str(expected)
-            mistakes.append(f"{where}: expected {wanted}, found {value!r}" + ("" if wanted else f" ({reason})"))
-            continue
-        kept[key] = value
+                if isinstance(term, dict):
+                    kept[key][str(name)] = _check(term, TermRecipe, f"{where}.{name}.", misfits)
+                elif term is not None:
+                    misfits[f"{where}.{name}"] = f"{where}.{name}: expected keys and values or null, found {term!r}"
+        elif magic is not None:
+            misfits[where] = f"{where}: expected plain values, found {magic!r}; recipes know no interpolation"
+        elif not _fits(schema, key, annotations[key], value):
+            misfits[where] = f"{where}: expected {_wanted(annotations[key])}, found {value!r}"
+        else:
+            kept[key] = value
     return kept
 
 
-def _enum_of(annotation: str) -> list[StrEnum]:
+def _magic(value: Any) -> Iterator[str]:
+    """Texts that OmegaConf would not take as they are: ``${...}`` can read the environment, ``???`` means missing."""
+    if isinstance(value, str) and ("${" in value or value == MISSING):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _magic(item)
+
+
+def _fits(schema: type, key: str, annotation: str, value: Any) -> bool:
+    if annotation.startswith("str") and not isinstance(value, (str, type(None))):
+        return False  # OmegaConf would make text of it: 1e3 would become '1000.0', and 007 the text '7'
+    try:
+        merged: Any = OmegaConf.merge(OmegaConf.structured(schema), {key: value})
+    except (OmegaConfBaseException, TypeError):  # it raises TypeError for a list where keys and values are due
+        return False
+    node = merged[key]
+    numbers = node if isinstance(node, ListConfig) else [node]
+    return all(math.isfinite(number) for number in numbers if isinstance(number, float))
+
+
+def _wanted(annotation: str) -> str:
     for enum in (Precision, OptimizerName, ScheduleName, EvalMode):
         if enum.__name__ in annotation:
-            return list(enum)
-    return []
-
-
-def _conflicts(recipe: Recipe) -> list[str]:
-    """What each field allows but the whole does not."""
-    train, wrong = recipe.train, []
-    if recipe.output == MISSING:
-        wrong.append("output: missing; name the run folder, for example output=runs/first")
-    if recipe.model.name == MISSING:
-        wrong.append("model.name: missing; for example smp:DeepLabV3Plus")
-    if recipe.teacher is not None and (recipe.teacher.run is None) == (recipe.teacher.model is None):
-        wrong.append("teacher: expected either run or model")
-    if recipe.teacher is not None and recipe.teacher.model is not None and recipe.teacher.model.name == MISSING:
-        wrong.append("teacher.model.name: missing; for example smp:DeepLabV3Plus")
-    positive = {
-        "train.steps": train.steps,
-        "train.batch": train.batch,
-        "train.accumulate": train.accumulate,
-        "train.lr": train.lr,
-        "train.log_every": train.log_every,
-        "train.checkpoint_every": train.checkpoint_every,
-        "train.keep": train.keep,
-        "eval.every": recipe.eval.every,
+            return f"one of {', '.join(enum)}" + (" or null" if "None" in annotation else "")
+    kind, _, optional = annotation.partition(" | ")
+    words = {
+        "str": "text (in quotes where YAML sees a number)",
+        "int": "a whole number",
+        "float": "a finite number",
+        "bool": "true or false",
+        "list[int]": "a list of whole numbers",
+        "list[float]": "a list of finite numbers",
     }
-    wrong += [f"{name}: expected more than 0, got {value}" for name, value in positive.items() if value <= 0]
+    return words.get(kind, "keys and values") + (" or null" if optional else "")
+
+
+def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What each field allows but the whole does not: dotted path and message."""
+    train, augment, spec = recipe.train, recipe.augment, recipe.eval
+    if not recipe.output:
+        yield "output", "missing; name the run folder, for example output=runs/first"
+    if not 0 <= recipe.seed < 2**63:
+        yield "seed", f"expected a whole number from 0 to below 2**63, got {recipe.seed}"
+    models = {"model": recipe.model}
+    if recipe.teacher is not None:
+        if (recipe.teacher.run is None) == (recipe.teacher.model is None):
+            yield "teacher", "expected either run or model"
+        if recipe.teacher.model is not None:
+            models["teacher.model"] = recipe.teacher.model
+    for name, model in models.items():
+        if not model.name:
+            yield f"{name}.name", "missing; for example smp:DeepLabV3Plus"
+        if len(model.mean) != 3:
+            yield f"{name}.mean", f"expected three numbers, got {model.mean}"
+        if len(model.std) != 3 or min(model.std) <= 0:
+            yield f"{name}.std", f"expected three numbers above 0, got {model.std}"
+    for name in ("steps", "batch", "accumulate", "lr", "log_every", "checkpoint_every", "keep"):
+        if getattr(train, name) <= 0:
+            yield f"train.{name}", f"expected more than 0, got {getattr(train, name)}"
     if train.threads is not None and train.threads < 1:
-        wrong.append(f"train.threads: expected at least 1, got {train.threads}")
+        yield "train.threads", f"expected at least 1 or null, got {train.threads}"
     if train.accumulate > 0 and train.batch % train.accumulate:
-        wrong.append(f"train.batch: {train.batch} images do not divide into train.accumulate {train.accumulate} rounds")
+        yield "train.batch", f"{train.batch} images do not divide into train.accumulate {train.accumulate} rounds"
+    if train.weight_decay < 0:
+        yield "train.weight_decay", f"expected 0 or more, got {train.weight_decay}"
+    if not 0 <= train.momentum < 1:
+        yield "train.momentum", f"expected a number from 0 to below 1, got {train.momentum}"
     if not 0 <= train.warmup < 1:
-        wrong.append(f"train.warmup: expected a share of the steps from 0 to below 1, got {train.warmup}")
+        yield "train.warmup", f"expected a share of the steps from 0 to below 1, got {train.warmup}"
     if train.clip is not None and train.clip <= 0:
-        wrong.append(f"train.clip: expected more than 0 or null, got {train.clip}")
+        yield "train.clip", f"expected more than 0 or null, got {train.clip}"
     if train.device not in ("auto", "cpu"):
-        wrong.append(f"train.device: expected auto or cpu, got {train.device!r}")
+        yield "train.device", f"expected auto or cpu, got {train.device!r}"
     if recipe.data.workers < 0:
-        wrong.append(f"data.workers: expected 0 or more, got {recipe.data.workers}")
-    pairs: dict[str, list[Any]] = {
-        "augment.crop": recipe.augment.crop,
-        "augment.scale": recipe.augment.scale,
-        "eval.window": recipe.eval.window,
-    }
-    wrong += [f"{name}: expected two numbers, got {value}" for name, value in pairs.items() if len(value) != 2]
-    for name, model in {"model": recipe.model, "teacher.model": recipe.teacher and recipe.teacher.model}.items():
-        if is_dataclass(model) and (len(model.mean) != 3 or len(model.std) != 3 or min(model.std) <= 0):
-            wrong.append(
-                f"{name}.mean and std: expected three numbers each, std above 0, got {model.mean}, {model.std}"
-            )
-    if not recipe.eval.scales or min(recipe.eval.scales) <= 0:
-        wrong.append(f"eval.scales: expected factors above 0, got {recipe.eval.scales}")
-    if not 0 <= recipe.eval.overlap < 1:
-        wrong.append(f"eval.overlap: expected a share from 0 to below 1, got {recipe.eval.overlap}")
-    return wrong
+        yield "data.workers", f"expected 0 or more, got {recipe.data.workers}"
+    for name, size in {"augment.crop": augment.crop, "eval.window": spec.window}.items():
+        if len(size) != 2 or min(size) < 1:
+            yield name, f"expected height and width, at least 1 each, got {size}"
+    if len(augment.scale) != 2 or not 0 < augment.scale[0] <= augment.scale[1]:
+        yield "augment.scale", f"expected a low and a high factor above 0, got {augment.scale}"
+    for name, most in {"flip": 1.0, "brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.5}.items():
+        if not 0 <= getattr(augment, name) <= most:
+            yield f"augment.{name}", f"expected a number from 0 to {most}, got {getattr(augment, name)}"
+    if spec.every <= 0:
+        yield "eval.every", f"expected more than 0, got {spec.every}"
+    if not spec.scales or min(spec.scales) <= 0:
+        yield "eval.scales", f"expected factors above 0, got {spec.scales}"
+    if not 0 <= spec.overlap < 1:
+        yield "eval.overlap", f"expected a share from 0 to below 1, got {spec.overlap}"

@@ -147,7 +147,7 @@ class Run:
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, TypeError):
                     continue  # the line a kill cut short
             write_text(self.metrics, "".join(kept))
 

@@ -180,6 +180,7 @@ def fit(
             progress.step(record, train.steps)
         if done % recipe.eval.every == 0 or done == train.steps:
             paused = time.perf_counter()
+            _agree_on_buffers(student, accelerator)
             score = evaluate(student, val_data, inference, progress.counter(f"step {done}: scoring {recipe.data.val}"))
             is_best = score.miou > best
             if main:
@@ -197,6 +198,16 @@ def fit(
         accelerator.end_training()
     # Nothing was left to train when a finished run is resumed: the score is measured again.
     return score if score is not None else evaluate(student, val_data, inference)
+
+
+def _agree_on_buffers(student: nn.Module, accelerator: Any) -> None:
+    """Gives every process the first one's batch-norm statistics, so that all score the model that is saved."""
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast
+
+        with torch.no_grad():
+            for buffer in student.buffers():
+                buffer.copy_(broadcast(buffer.clone(), from_process=0))
 
 
 def _loader(recipe: Recipe, data: SegmentationDataset, accelerator: Any, first_step: int) -> DataLoader[Any]:

@@ -1,0 +1,230 @@
+import copy
+
+import gskd._torchvision  # noqa: F401
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from gskd import Distiller, GSKDError, GSKDLoss, KDLoss, MSELoss, Term
+from gskd.data import IGNORE
+from gskd.distiller import cross_entropy
+from torch import nn
+from torch.nn import functional as F
+
+
+class Net(nn.Module):
+    """A small network with batch normalisation and dropout, the two things a careless wrapper leaves in train mode."""
+
+    def __init__(self, width: int, classes: int = 4, stride: int = 2) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout2d(0.5)
+        )
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(images))
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (2, 16, 24), generator=generator)
+    labels[:, :3] = IGNORE
+    return torch.randn(2, 3, 16, 24, generator=generator), labels
+
+
+def three_terms() -> dict[str, Term]:
+    return {
+        "gskd": Term(GSKDLoss(samples_per_class=3, only_correct=False), 10, "body", "body"),
+        "kd": Term(KDLoss(temperature=2), 0.5, "logits", "logits"),
+        "mse": Term(MSELoss(student_channels=5, teacher_channels=8), 2, "body", "body"),
+    }
+
+
+def test_the_total_is_the_task_loss_and_every_weighted_term(batch):
+    distiller = Distiller(Net(5), Net(8), three_terms())
+    result = distiller(*batch)
+    assert set(result.terms) == {"task", "gskd", "kd", "mse"}
+    for name, weight in {"task": 1, "gskd": 10, "kd": 0.5, "mse": 2}.items():
+        torch.testing.assert_close(result.terms[name].weighted, weight * result.terms[name].raw)
+        assert result.terms[name].raw > 0
+        assert not result.terms[name].raw.requires_grad
+    torch.testing.assert_close(result.loss.detach(), sum(value.weighted for value in result.terms.values()))
+    reference = F.interpolate(result.logits, (16, 24), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(result.terms["task"].raw, F.cross_entropy(reference, batch[1], ignore_index=IGNORE).detach())
+
+
+@pytest.mark.parametrize("name", ["gskd", "kd", "mse"])
+def test_each_term_alone_reaches_the_student_and_never_the_teacher(batch, name):
+    teacher = Net(8).requires_grad_(True)
+    distiller = Distiller(Net(5), teacher, {name: three_terms()[name]}, task_loss=None)
+    distiller(*batch).loss.backward()
+    assert distiller.student.body[0].weight.grad.abs().sum() > 0
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+def test_the_teacher_stays_as_it_was_whatever_is_done_to_the_distiller(batch):
+    teacher = Net(8)
+    before = copy.deepcopy(teacher.state_dict())
+    distiller = Distiller(Net(5), teacher, three_terms())
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.5, weight_decay=0.1)
+    for _ in range(3):
+        distiller.train()
+        teacher.train()  # somebody's callback: the next step must undo it
+        distiller(*batch).loss.backward()
+        optimizer.step()
+    assert not any(module.training for module in teacher.modules())
+    for key, value in teacher.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_the_teacher_is_in_eval_mode_during_the_step(batch):
+    teacher = Net(8)
+    seen = []
+    teacher.body[1].register_forward_hook(lambda module, args, output: seen.append(module.training))
+    distiller = Distiller(Net(5), teacher, three_terms()).train()
+    teacher.train()
+    distiller(*batch)
+    assert seen == [False]
+    assert distiller.student.training
+
+
+def test_parameters_and_state_hold_student_and_projectors_only():
+    student, teacher = Net(5), Net(8)
+    distiller = Distiller(student, teacher, three_terms())
+    mine = {id(p) for p in student.parameters()}
+    others = [p for p in distiller.parameters() if id(p) not in mine]
+    assert [tuple(p.shape) for p in others] == [(8, 5, 1, 1), (8,)]
+    assert all(key.startswith(("student.", "losses.mse.")) for key in distiller.state_dict())
+    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in distiller.parameters()}
+    assert set(student.state_dict()) == {key.removeprefix("student.") for key in distiller.state_dict() if "student" in key}
+
+
+def test_the_teacher_moves_with_the_distiller():
+    distiller = Distiller(Net(5), Net(8), three_terms()).to(torch.float64)
+    assert distiller.teacher.head.weight.dtype == torch.float64
+
+
+def test_terms_read_other_widths_and_resolutions(batch):
+    distiller = Distiller(Net(5, stride=1), Net(8, stride=4), three_terms())
+    result = distiller(*batch)
+    result.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in distiller.parameters())
+
+
+def test_the_same_loss_twice_on_different_layers(batch):
+    terms = {
+        "early": Term(GSKDLoss(only_correct=False), 1, "body.0", "body.0"),
+        "late": Term(GSKDLoss(only_correct=False), 1, "logits", "logits"),
+    }
+    result = Distiller(Net(5), Net(8), terms)(*batch)
+    assert result.terms["early"].raw != result.terms["late"].raw
+
+
+def test_a_batch_without_labels_is_a_differentiable_zero(batch):
+    images, labels = batch
+    distiller = Distiller(Net(5), Net(8), three_terms())
+    result = distiller(images, torch.full_like(labels, IGNORE))
+    result.loss.backward()
+    assert result.loss == 0
+    assert all(p.grad is not None and (p.grad == 0).all() for p in distiller.parameters())
+
+
+def test_the_teacher_runs_in_its_own_precision(batch):
+    teacher = Net(8)
+    seen = []
+    teacher.head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    Distiller(Net(5), teacher, three_terms(), teacher_dtype=torch.bfloat16)(*batch)
+    Distiller(Net(5), teacher, three_terms())(*batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        Distiller(Net(5), teacher, three_terms())(*batch)
+        Distiller(Net(5), teacher, three_terms(), teacher_dtype=torch.float32)(*batch)
+    assert seen == [torch.bfloat16, torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_losses_are_fp32_inside_autocast(batch):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = Distiller(Net(5), Net(8), three_terms())(*batch)
+    assert result.logits.dtype == torch.bfloat16
+    assert result.loss.dtype == torch.float32
+    assert all(value.raw.dtype == torch.float32 for value in result.terms.values())
+    result.loss.backward()
+
+
+def test_the_teacher_may_want_other_images(batch):
+    teacher = Net(8)
+    seen = []
+    teacher.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    images, labels = batch
+    Distiller(Net(5), teacher, three_terms())(images, labels, images + 1)
+    assert torch.equal(seen[0], images + 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (lambda: (Net(5), None, three_terms()), "need a teacher"),
+        (lambda: (Net(5), Net(8), {"task": Term(KDLoss())}), "'task' is taken"),
+        (lambda: (Net(5), Net(8), {"mse": Term(MSELoss())}), "layer"),
+        (lambda: (Net(5), Net(8), {"mse": Term(MSELoss(), 1, "bodi", "body")}), "did you mean 'body'"),
+    ],
+)
+def test_mistakes_are_named(arguments, words, batch):
+    with pytest.raises(GSKDError, match=words):
+        Distiller(*arguments())(*batch)
+
+
+def test_neither_task_nor_terms_is_refused():
+    with pytest.raises(GSKDError, match="task loss or at least one term"):
+        Distiller(Net(5), task_loss=None)
+
+
+def test_cross_entropy_is_the_mean_over_labelled_pixels():
+    logits, labels = torch.randn(2, 4, 6, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 5))
+    labels[0] = IGNORE
+    expected = -logits[1].log_softmax(0).gather(0, labels[1][None]).mean()
+    torch.testing.assert_close(cross_entropy(logits, labels), expected)
+
+
+def distil(student: nn.Module, teacher: nn.Module, student_layer: str, teacher_layer: str, classes: int) -> list[float]:
+    """The README's five lines on random images; returns the losses."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, classes, (2, 64, 64))
+    term = Term(GSKDLoss(only_correct=False), weight=10, student=student_layer, teacher=teacher_layer)
+    distiller = Distiller(student, teacher, {"gskd": term})
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        result = distiller(images, labels)
+        result.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(result.terms["gskd"].raw))
+    return losses
+
+
+def test_torchvision_teacher_to_smp_student():
+    from torchvision.models.segmentation import deeplabv3_resnet50
+
+    teacher = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=5)
+    student = smp.DeepLabV3Plus("tu-mobilenetv3_small_050", encoder_weights=None, classes=5, decoder_channels=32)
+    losses = distil(student, teacher, "decoder", "classifier.0", 5)
+    assert 0 < losses[-1] < losses[0]
+
+
+def test_a_segformer_pair():
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    def segformer(width: int) -> nn.Module:
+        config = SegformerConfig(
+            num_labels=5,
+            hidden_sizes=[width, width, 2 * width, 2 * width],
+            num_attention_heads=[1, 1, 2, 2],
+            depths=[1, 1, 1, 1],
+            decoder_hidden_size=2 * width,
+        )
+        return SegformerForSemanticSegmentation(config)
+
+    losses = distil(segformer(8), segformer(16), "segformer[last_hidden_state]", "decode_head.activation", 5)
+    assert 0 < losses[-1] < losses[0]
+    assert distil(segformer(8), segformer(16), "auto", "auto", 5)[0] > 0
