@@ -13,8 +13,9 @@ from gskd.losses import LOSSES, GSKDLoss, KDLoss, MSELoss, Pixels, gskd_loss, kd
 from gskd.losses.gskd import class_balanced_sample, structural_similarity_map, sub_image_descriptors
 from gskd.metrics import ConfusionMatrix, Score
 from gskd.models import build_model, load_weights, save_weights
+from gskd.outputs import logits_of
 from gskd.recipe import Recipe, load_recipe
-from gskd.taps import Taps, auto_tap, logits_of
+from gskd.taps import Taps, auto_tap
 
 __version__ = "0.1.0"
 

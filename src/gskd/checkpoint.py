@@ -79,7 +79,7 @@ def save_checkpoint(
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint, and a line for each newer one that is damaged."""
-    damaged = []
+    damaged: list[str] = []
     for path in _folders(folder):
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))

@@ -97,9 +97,13 @@ def evaluate_run(
     recipe = folder.load_recipe(tuple(overrides or ()))
     if json_file is not None and json_file.exists():
         raise GSKDError(f"--json {json_file}: exists already; expected a new file")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise GSKDError(f"--json {json_file}: {json_file.parent} is no folder; expected one that exists")
     data = open_split(recipe, split)
     if list(data.classes) != folder.info()["classes"]:
-        raise GSKDError(f"run {run}: was trained on classes {folder.info()['classes']}, {split} has {list(data.classes)}")
+        raise GSKDError(
+            f"run {run}: was trained on classes {folder.info()['classes']}, {split} has {list(data.classes)}"
+        )
     model = folder.load_model(recipe).to(_device(recipe.train.device))
     with Progress(console) as progress:
         score = evaluate(model, data, inference_of(recipe), progress.counter(f"scoring {split}"))
@@ -159,7 +163,9 @@ def check_data(recipe: RecipeName, overrides: Overrides = None) -> None:
             console.print(f"{split}: {line}", markup=False, soft_wrap=True)
     problems = sum(len(report.problems) for report in reports.values())
     if problems:
-        raise GSKDError(f"data: {problems} problems in {sum(r.samples for r in reports.values())} samples, listed above")
+        raise GSKDError(
+            f"data: {problems} problems in {sum(r.samples for r in reports.values())} samples, listed above"
+        )
 
 
 @app.command()
@@ -204,9 +210,10 @@ def main(arguments: list[str] | None = None) -> Any:
     except GSKDError as error:
         sys.stderr.write(f"gskd: {' '.join(str(error).split())}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("gskd: stopped; continue with --resume\n")
-        sys.exit(130)
+    except SystemExit as error:
+        if error.code == 130:  # what typer makes of Ctrl-C
+            sys.stderr.write("gskd: stopped; a run is continued by --resume\n")
+        raise
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The main job on the built-in scenes, start to finish: teacher, plain student, distilled student, table and picture."""
+"""The main job on the built-in scenes, start to finish: teacher, plain and distilled student, table and picture."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from gskd.data import SegmentationDataset
+from gskd.errors import GSKDError
 from gskd.evaluation import Inference, predict
 from gskd.models import count_parameters
 from gskd.pictures import colourise, side_by_side
@@ -39,7 +40,9 @@ def run_demo(output: Path, console: Console, overrides: tuple[str, ...] = ()) ->
     recipes = {
         "teacher": load_recipe("scenes_teacher", [f"output={runs['teacher'].path}", *overrides]),
         "plain": load_recipe("scenes", [f"output={runs['plain'].path}", *overrides]),
-        "gskd": load_recipe("scenes", [f"output={runs['gskd'].path}", f"teacher.run={runs['teacher'].path}", *overrides]),
+        "gskd": load_recipe(
+            "scenes", [f"output={runs['gskd'].path}", f"teacher.run={runs['teacher'].path}", *overrides]
+        ),
     }
     results = {}
     for kind, recipe in recipes.items():
@@ -50,7 +53,10 @@ def run_demo(output: Path, console: Console, overrides: tuple[str, ...] = ()) ->
     milliseconds = {kind: _latency(models[kind], val, inference_of(recipes[kind])) for kind in TITLES}
     console.print(_table(results, models, milliseconds, val.classes))
     picture = output / "demo.png"
-    _picture(models, recipes, val).save(picture)
+    try:
+        _picture(models, recipes, val).save(picture)
+    except OSError as error:
+        raise GSKDError(f"{picture}: cannot be written: {error.strerror or error}") from None
     console.print(f"picture: {picture}", soft_wrap=True)
     return results
 
@@ -88,7 +94,9 @@ def _table(
     return table
 
 
-def _picture(models: dict[str, nn.Module], recipes: dict[str, Recipe], data: SegmentationDataset, count: int = 5) -> Any:
+def _picture(
+    models: dict[str, nn.Module], recipes: dict[str, Recipe], data: SegmentationDataset, count: int = 5
+) -> Any:
     rows = []
     for index in range(min(count, len(data))):
         sample = data[index]

@@ -25,7 +25,8 @@ from gskd.errors import GSKDError
 from gskd.losses import Pixels
 from gskd.losses._pixels import match_size
 from gskd.models import freeze
-from gskd.taps import Taps, auto_tap, logits_of
+from gskd.outputs import logits_of
+from gskd.taps import Taps, auto_tap
 
 
 @dataclass
@@ -33,11 +34,11 @@ class Term:
     """One distillation term: a loss, where it reads, and its weight.
 
     Attributes:
-        loss: a module called as ``loss(student, teacher, pixels)`` that returns a scalar, such as `GSKDLoss`. Its parameters
-            (a projector) are trained with the student and are no part of it.
+        loss: a module called as ``loss(student, teacher, pixels)`` that returns a scalar, such as `GSKDLoss`. Its
+            parameters (a projector) are trained with the student and are no part of it.
         weight: factor of the term in the total loss.
-        student: layer of the student by dotted name, ``"logits"`` for its output, or ``"auto"``, see `gskd.taps.auto_tap`.
-        teacher: layer of the teacher, likewise.
+        student: layer of the student by dotted name, ``"logits"`` for its output, or ``"auto"``, see
+        `gskd.taps.auto_tap`. teacher: layer of the teacher, likewise.
     """
 
     loss: nn.Module
@@ -74,7 +75,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (B, H, W) int64; `IGNORE` does not count. A batch without labelled pixels gives a differentiable zero.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        logits = match_size(logits, labels.shape[-2:])
+        logits = match_size(logits, (labels.shape[1], labels.shape[2]))
         total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
         return mean_over_processes(total, (labels != IGNORE).sum())
 
@@ -82,16 +83,16 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 class Distiller(nn.Module):
     """Trains a student against the labels and, term by term, against a frozen teacher.
 
-    ``parameters()`` and ``state_dict()`` hold the student and the terms' projectors, never the teacher. The teacher is put in
-    eval mode before each step, runs without gradient, and its parameters are set not to require one; it moves with the
-    distiller's ``to``.
+    ``parameters()`` and ``state_dict()`` hold the student and the terms' projectors, never the teacher. The teacher is
+    put in eval mode before each step, runs without gradient, and its parameters are set not to require one; it moves
+    with the distiller's ``to``.
 
     Args:
         student: the network to train.
         teacher: the network to learn from; None trains the student alone.
         terms: the distillation terms by name. ``"task"`` is taken.
-        task_loss: called as ``task_loss(logits, labels)``; by default `cross_entropy`. None leaves the labels' loss to you.
-        teacher_dtype: dtype of autocast around the teacher; None leaves autocast as it is around the call.
+        task_loss: called as ``task_loss(logits, labels)``; by default `cross_entropy`. None leaves the labels' loss to
+        you. teacher_dtype: dtype of autocast around the teacher; None leaves autocast as it is around the call.
 
     Raises:
         GSKDError: terms without a teacher, a layer that does not exist, or no automatic choice of layer for this model.
@@ -118,8 +119,9 @@ class Distiller(nn.Module):
         self.losses = nn.ModuleDict({name: term.loss for name, term in terms.items()})
         self.task_loss = task_loss
         self.weights = {name: float(term.weight) for name, term in terms.items()}
-        # In a tuple, so that nn.Module does not see the teacher: it must not appear in parameters(), state_dict() or train().
-        self._teacher = (freeze(teacher),) if teacher is not None else ()
+        # In a list, so that nn.Module does not see the teacher: it must not appear in parameters(), state_dict() or
+        # train().
+        self._teacher: list[nn.Module] = [] if teacher is None else [freeze(teacher)]
         self.teacher_dtype = teacher_dtype
         self.student_layers = {name: _layer(student, term.student, term.loss) for name, term in terms.items()}
         self.teacher_layers = {name: _layer(self._teacher[0], term.teacher, term.loss) for name, term in terms.items()}
@@ -131,8 +133,9 @@ class Distiller(nn.Module):
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Distiller:
         for teacher in self._teacher:
-            teacher._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+            teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, images: Tensor, labels: Tensor, teacher_images: Tensor | None = None) -> Distillation:
         """One training step's forward pass.

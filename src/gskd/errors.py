@@ -9,7 +9,8 @@ from difflib import get_close_matches
 class GSKDError(ValueError):
     """Something the user can put right: a recipe, a file, a shape, a name.
 
-    The message names the thing, what was found and what was expected. The command line prints it in one line and exits 2.
+    The message names the thing, what was found and what was expected. The command line prints it in one line and exits
+    2.
     """
 
 
@@ -17,7 +18,8 @@ def near_names(name: str, known: Iterable[str], most: int = 5) -> str:
     """A closing clause that lists the names nearest to ``name``, for the end of an error message.
 
     Returns:
-        ``"; did you mean 'a', 'b'?"``, or where nothing is near ``"; known: 'a', 'b', ..."`` with at most ``most`` names.
+        ``"; did you mean 'a', 'b'?"``, or where nothing is near ``"; known: 'a', 'b', ..."`` with at most ``most``
+        names.
     """
     known = list(dict.fromkeys(known))
     near = get_close_matches(name, known, n=most, cutoff=0.5)

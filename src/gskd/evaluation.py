@@ -1,4 +1,4 @@
-"""Scoring a model on a split: whole image or windows, scales and flips averaged, always at the labels' own resolution."""
+"""Scoring a model on a split: whole image or windows, scales and flips averaged, always at label resolution."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from gskd.data import IGNORE, SegmentationDataset
 from gskd.distributed import rank, world_size
 from gskd.metrics import ConfusionMatrix, Score
 from gskd.models import normalise
-from gskd.taps import logits_of
+from gskd.outputs import logits_of
+from gskd.taps import eval_mode
 
 DIVISOR = 32
 """Images are padded to a multiple of this, the deepest stride of the usual encoders, and logits cropped back."""
@@ -55,7 +56,8 @@ def predict(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
         inference: how.
 
     Returns:
-        (K, H, W) float32: logits for one scale without flip, else mean probabilities. Only their order is the same thing.
+        (K, H, W) float32: logits for one scale without flip, else mean probabilities. Only their order is the same
+        thing.
     """
     images = normalise(image[None], inference.mean, inference.std)
     size = (image.shape[1], image.shape[2])
@@ -139,9 +141,7 @@ def evaluate(
     device = next(model.parameters(), torch.zeros(())).device
     confusion = ConfusionMatrix(len(dataset.classes), device)
     mine = range(rank(), len(dataset), world_size())
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with eval_mode(model):
         for done, index in enumerate(mine, 1):
             sample = dataset[index]
             image = torch.from_numpy(sample.image).to(device).permute(2, 0, 1)
@@ -150,7 +150,4 @@ def evaluate(
             confusion.update(predict(model, image, inference).argmax(0), label)
             if on_progress is not None:
                 on_progress(done, len(mine))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return confusion.score()

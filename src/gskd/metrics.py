@@ -50,8 +50,8 @@ class Score:
     """The score of one model on one split.
 
     Attributes:
-        miou: mean of the classes' IoU, each from the counts of the whole dataset, 0 to 1. A class that neither the labels
-            nor the predictions contain has no IoU and is left out; NaN where no pixel counted.
+        miou: mean of the classes' IoU, each from the counts of the whole dataset, 0 to 1. A class that neither the
+            labels nor the predictions contain has no IoU and is left out; NaN where no pixel counted.
         iou: per class, NaN for such a class.
         pixel_accuracy: share of labelled pixels predicted correctly.
         pixels: how many labelled pixels were scored.

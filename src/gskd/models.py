@@ -21,19 +21,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gskd.errors import GSKDError, near_names
-from gskd.taps import logits_of
+from gskd.outputs import logits_of
+from gskd.taps import eval_mode
 
 
 def build_model(name: str, args: Mapping[str, Any] | None = None, num_classes: int | None = None) -> nn.Module:
     """Makes a network.
 
     Args:
-        name: ``smp:Architecture`` (any architecture of segmentation-models-pytorch, for example ``smp:DeepLabV3Plus``) or an
-            import path ``package.module:callable`` that returns an ``nn.Module``.
-        args: arguments of the architecture or callable, for example ``{"encoder_name": "resnet34"}``. smp's own defaults
-            hold, so ``encoder_weights`` is ``"imagenet"``, which smp downloads, unless it is given as ``None``.
-        num_classes: K. smp models are built with it; an import path gets it only where ``args`` does not fix the number of
-            classes and the callable has a parameter called ``num_classes``.
+        name: ``smp:Architecture`` (any architecture of segmentation-models-pytorch, for example ``smp:DeepLabV3Plus``)
+            or an import path ``package.module:callable`` that returns an ``nn.Module``.
+        args: arguments of the architecture or callable, for example ``{"encoder_name": "resnet34"}``. smp's own
+            defaults hold, so ``encoder_weights`` is ``"imagenet"``, which smp downloads, unless it is given as
+            ``None``.
+        num_classes: K. smp models are built with it; an import path gets it only where ``args`` does not fix the number
+            of classes and the callable has a parameter called ``num_classes``.
 
     Raises:
         GSKDError: unknown source, architecture, encoder, module or callable, or arguments that it refuses.
@@ -77,13 +79,19 @@ def _build_smp(architecture: str, arguments: dict[str, Any], num_classes: int | 
     # timm names may end in the tag of their weights (tu-resnet18.a1_in1k), and hf-hub names are not listed anywhere.
     if isinstance(encoder, str) and encoder.partition(".")[0] not in encoders and not encoder.startswith("tu-hf"):
         raise GSKDError(f"model 'smp:{architecture}': unknown encoder {encoder!r}{near_names(encoder, encoders)}")
+    known = inspect.signature(architectures[architecture]).parameters
+    for argument in arguments:
+        # smp hands what it does not know to timm's encoders, and without a word drops it for its own.
+        if argument not in known and not str(encoder).startswith("tu-"):
+            raise GSKDError(f"model 'smp:{architecture}': unknown argument {argument!r}{near_names(argument, known)}")
     if num_classes is not None:
         if arguments.get("classes", num_classes) != num_classes:
             raise GSKDError(
                 f"model 'smp:{architecture}': args.classes is {arguments['classes']}, the data has {num_classes}"
             )
         arguments["classes"] = num_classes
-    return _call(f"smp:{architecture}", architectures[architecture], arguments)
+    model: nn.Module = _call(f"smp:{architecture}", architectures[architecture], arguments)
+    return model
 
 
 def _smp_encoders() -> list[str]:
@@ -114,7 +122,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Puts a teacher beyond the reach of training: eval mode, no parameter asks for a gradient. Returns the same module."""
+    """Puts a teacher beyond the reach of training: eval mode, no gradients. Returns the same module."""
     return model.eval().requires_grad_(False)
 
 
@@ -125,19 +133,23 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return torch.addcmul(shift.view(-1, 1, 1), images.float(), scale.view(-1, 1, 1))
 
 
-def check_classes(model: nn.Module, num_classes: int, name: str) -> None:
-    """Raises `GSKDError` unless the model gives one logit per class: a wrong head is found before training, not after."""
-    training = {module: module.training for module in model.modules()}
+def check_classes(model: nn.Module, num_classes: int, name: str, size: Sequence[int] = (64, 64)) -> None:
+    """Raises `GSKDError` unless the model gives one logit per class: a wrong head is found before training, not after.
+
+    Args:
+        model: tried on one blank image; its modes and statistics stay as they are.
+        num_classes: K.
+        name: how to call the model in the message.
+        size: (height, width) of the image, one that the model takes.
+    """
     parameter = next(model.parameters(), torch.zeros(()))
-    try:
-        with torch.no_grad():
-            logits = logits_of(model.eval()(torch.zeros(1, 3, 64, 64, device=parameter.device, dtype=parameter.dtype)))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    if logits.ndim != 4 or logits.shape[1] != num_classes:
+    image = torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype)
+    with torch.no_grad(), eval_mode(model):
+        logits = logits_of(model(image))
+    if logits.shape[1] != num_classes:
         raise GSKDError(
-            f"{name}: gives logits of shape {tuple(logits.shape)}; expected (B, {num_classes}, h, w) for the data's classes"
+            f"{name}: gives logits of shape {tuple(logits.shape)};"
+            f" expected (B, {num_classes}, h, w) for the data's classes"
         )
 
 
@@ -202,7 +214,7 @@ def load_weights(model: nn.Module, path: str | Path, strict: bool = True) -> Wei
 
 
 def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes the model's ``state_dict`` as safetensors; a reader sees the old file or the whole new one, never a part."""
+    """Writes the model's ``state_dict`` as safetensors, atomically."""
     write_tensors(model.state_dict(), path, metadata)
 
 
@@ -223,7 +235,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Map
     partial = path.with_name(path.name + ".partial")
     contiguous = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     try:
-        save_file(contiguous, partial, metadata=dict(metadata or {}))
+        # None where there is none: no tensors and empty metadata make a file that safetensors itself cannot read.
+        save_file(contiguous, partial, metadata=dict(metadata) if metadata else None)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)

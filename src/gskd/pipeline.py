@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,17 +48,21 @@ def train_model(
         progress: where lines for people go.
 
     Returns:
-        The content of ``result.json``: scores of the best and the last weights on the val and (where named) test split, the
-        teacher's own scores, parameters and seconds.
+        The content of ``result.json``: scores of the best and the last weights on the val and (where named) test split,
+        the teacher's own scores, parameters and seconds.
 
     Raises:
-        GSKDError: anything in recipe, data, models or run folder that the user must put right. Found before the run folder
-            is touched, as far as it can be.
+        GSKDError: anything in recipe, data, models or run folder that the user must put right. Found before the run
+            folder is touched, as far as it can be.
     """
     if distill and (recipe.teacher is None or not recipe.terms):
         raise GSKDError("distill: the recipe names no " + ("teacher" if recipe.teacher is None else "terms"))
+    kind = "distill" if distill else "train"
     resume = resume and run.exists
     if resume:
+        begun = run.info().get("kind")
+        if begun != kind:
+            raise GSKDError(f"run {run.path}: was begun by gskd {begun}; it cannot be continued by gskd {kind}")
         _check_same(run.load_recipe(), recipe, run)
     else:
         run.check_free()
@@ -68,12 +75,14 @@ def train_model(
     }
     train_data, val_data = splits[recipe.data.train], splits[recipe.data.val]
     torch.manual_seed(recipe.seed)  # the student's first weights depend on the seed alone, not on teacher or terms
-    student = build_recipe_model(recipe.model, train_data, "model")
+    student = build_recipe_model(recipe.model, train_data, "model", recipe.augment.crop)
     teacher, teacher_model, distiller = None, None, Distiller(student)
     if distill:
         assert recipe.teacher is not None
-        teacher, teacher_model = _build_teacher(recipe.teacher, train_data)
-        terms = {name: _build_term(name, term, student, teacher) for name, term in recipe.terms.items()}
+        teacher, teacher_model = _build_teacher(recipe.teacher, train_data, recipe.augment.crop)
+        terms = {
+            name: _build_term(name, term, student, teacher, recipe.augment.crop) for name, term in recipe.terms.items()
+        }
         precision = recipe.teacher.precision
         distiller = Distiller(
             student, teacher, terms, teacher_dtype=autocast_dtype(precision) if precision is not None else None
@@ -81,13 +90,17 @@ def train_model(
     accelerator = build_accelerator(recipe.train, run)
     progress = progress or Progress()
     progress.enabled = progress.enabled and accelerator.is_main_process
+    if resume and run.result.is_file():  # written last
+        progress.say(f"{run.path}: is finished; nothing is left to do")
+        return _read_result(run)
     if not resume and accelerator.is_main_process:
-        run.create(recipe, "distill" if distill else "train", train_data)
+        run.create(recipe, kind, train_data)
     accelerator.wait_for_everyone()
 
     with progress:
         progress.say(
-            f"{run.path}: {type(student).__name__}, {count_parameters(student) / 1e6:.2f} M parameters, {accelerator.device}"
+            f"{run.path}: {type(student).__name__} with {count_parameters(student) / 1e6:.2f} M parameters"
+            f" on {accelerator.device}"
         )
         scored = {split: splits[split] for split in (recipe.data.val, recipe.data.test) if split}
         teacher_score: Score | None = None
@@ -105,6 +118,7 @@ def train_model(
         started = time.perf_counter()
         last = fit(distiller, recipe, run, accelerator, train_data, val_data, progress, resume, teacher_model)
         seconds = time.perf_counter() - started
+        accelerator.wait_for_everyone()  # the first process may still be writing the best weights
         result = _final_scores(recipe, run, student, scored, last, progress)
     result |= {
         "parameters": count_parameters(student),
@@ -113,7 +127,16 @@ def train_model(
     }
     if accelerator.is_main_process:
         write_text(run.result, json.dumps(result, indent=1))
+    accelerator.end_training()  # at the very end: it takes the processes apart
     return result
+
+
+def _read_result(run: Run) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(run.result.read_text(encoding="utf-8"))
+        return result
+    except (OSError, ValueError) as error:
+        raise GSKDError(f"run {run.path}: result.json cannot be read: {error}") from None
 
 
 def _final_scores(
@@ -124,7 +147,7 @@ def _final_scores(
     last: Score,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Scores of the last and of the best weights; val picked the best, so only its test score is free of that choice."""
+    """Scores of the last and the best weights; val picked the best, so only its test score is free of that choice."""
     inference = inference_of(recipe)
     scores: dict[str, dict[str, Score]] = {"last": {recipe.data.val: last}, "best": {}}
     for which in ("last", "best"):
@@ -139,23 +162,25 @@ def _final_scores(
     return {which: {split: s.to_dict(classes) for split, s in by.items()} for which, by in scores.items()}
 
 
-def build_recipe_model(spec: ModelRecipe, data: SegmentationDataset, where: str) -> nn.Module:
-    """The network a recipe names, with its weights, checked to give one logit per class of the data."""
+def build_recipe_model(spec: ModelRecipe, data: SegmentationDataset, where: str, size: Sequence[int]) -> nn.Module:
+    """The network a recipe names, with its weights, checked to give one logit per class on images of ``size``."""
     if spec.weights is None:
         model = build_model(spec.name, spec.args, len(data.classes))
     else:
         model = build_model(spec.name, without_pretraining(spec.name, spec.args), len(data.classes))
-        weights = Run(_path(spec.weights))
+        weights = Run(Path(spec.weights))
         load_weights(model, weights.student if weights.exists else weights.path)
-    check_classes(model, len(data.classes), f"{where} {spec.name!r}")
+    check_classes(model, len(data.classes), f"{where} {spec.name!r}", size)
     return model
 
 
-def _build_teacher(spec: TeacherRecipe, data: SegmentationDataset) -> tuple[nn.Module, ModelRecipe]:
+def _build_teacher(
+    spec: TeacherRecipe, data: SegmentationDataset, size: Sequence[int]
+) -> tuple[nn.Module, ModelRecipe]:
     if spec.model is not None:
-        return build_recipe_model(spec.model, data, "teacher"), spec.model
+        return build_recipe_model(spec.model, data, "teacher", size), spec.model
     assert spec.run is not None
-    run = Run(_path(spec.run))
+    run = Run(Path(spec.run))
     recipe = run.load_recipe()
     classes = run.info()["classes"]
     if classes != list(data.classes):
@@ -165,20 +190,22 @@ def _build_teacher(spec: TeacherRecipe, data: SegmentationDataset) -> tuple[nn.M
     return run.load_model(recipe), recipe.model
 
 
-def _build_term(name: str, spec: TermRecipe, student: nn.Module, teacher: nn.Module) -> Term:
+def _build_term(name: str, spec: TermRecipe, student: nn.Module, teacher: nn.Module, size: Sequence[int]) -> Term:
     kind = spec.loss or name
     if kind not in LOSSES:
         raise GSKDError(f"terms.{name}: unknown loss {kind!r}{near_names(kind, LOSSES)}")
-    loss_type = LOSSES[kind]
-    layers = {
-        "student": auto_tap(student, loss_type.inputs) if spec.student == "auto" else spec.student,
-        "teacher": auto_tap(teacher, loss_type.inputs) if spec.teacher == "auto" else spec.teacher,
-    }
+    loss_type: Any = LOSSES[kind]
+    known = list(inspect.signature(loss_type).parameters)
+    for argument in spec.args:
+        if argument not in known:
+            raise GSKDError(f"terms.{name}.args: {kind} has no argument {argument!r}{near_names(argument, known)}")
     args = dict(spec.args)
-    example = torch.zeros(1, 3, 64, 64)
-    for side, model in {"student": student, "teacher": teacher}.items():
-        width = channels(model, [layers[side]], example)[layers[side]][1]
-        if f"{side}_channels" in loss_type.__init__.__code__.co_varnames:
+    layers = {}
+    for side, model, layer in (("student", student, spec.student), ("teacher", teacher, spec.teacher)):
+        layers[side] = auto_tap(model, loss_type.inputs) if layer == "auto" else layer
+        # Also where the loss asks for no width: a layer that never fires is found now and not in the first step.
+        width = channels(model, [layers[side]], torch.zeros(1, 3, *size))[layers[side]][1]
+        if f"{side}_channels" in known:
             args.setdefault(f"{side}_channels", width)
     try:
         loss = loss_type(**args)
@@ -201,9 +228,3 @@ def _check_same(old: Recipe, new: Recipe, run: Run) -> None:
         raise GSKDError(
             f"run {run.path}: was begun with another recipe ({first[0].strip()!r}, now {first[1].strip()!r})"
         )
-
-
-def _path(text: str) -> Any:
-    from pathlib import Path
-
-    return Path(text)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gskd.errors import GSKDError, near_names
+from gskd.outputs import feature_map, feature_maps, logits_of, read_logits, require_floating
 
 LOGITS = "logits"
 """The tap that means the model's own output, read by ``logits_of``. Reserved: it hides a submodule of that name."""
@@ -136,8 +137,8 @@ class Taps:
     def _reader(self, name: str, layer: str, selectors: list[str]) -> Callable[[object], Tensor]:
         where = f"{self._model_name}: layer {name!r}"
         if layer == LOGITS and not selectors:
-            return lambda output: _floating(_logits(output, where), where)
-        return lambda output: _feature_map(output, selectors, where)
+            return lambda output: require_floating(read_logits(output, where), where)
+        return lambda output: feature_map(output, selectors, where)
 
     def _hook(self, name: str, read: Callable[[object], Tensor]) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
@@ -177,19 +178,6 @@ class LayerInfo:
     """(B, C, h, w) on the example."""
 
 
-def logits_of(output: object) -> Tensor:
-    """The segmentation logits (B, K, h, w) in whatever a model returned.
-
-    Args:
-        output: a tensor; a mapping with ``out`` (torchvision) or ``logits`` (transformers); an object with ``.logits``;
-            a tuple or list that starts with a 4-D tensor (segmentation_models_pytorch with a classification head).
-
-    Raises:
-        GSKDError: none of these, or not 4-D.
-    """
-    return _logits(output, f"model output {type(output).__name__}")
-
-
 def layers(model: nn.Module, example: Tensor) -> list[LayerInfo]:
     """Every layer that can be tapped, in ``named_modules`` order, with its shape; ``logits`` last.
 
@@ -206,7 +194,7 @@ def layers(model: nn.Module, example: Tensor) -> list[LayerInfo]:
     def hook_for(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
             fired[name] += 1
-            maps = _feature_maps(output)
+            maps = feature_maps(output)
             only = len(maps) == 1
             found[name] = [LayerInfo(name if only else f"{name}{key}", tuple(t.shape)) for key, t in maps.items()]
 
@@ -222,7 +210,7 @@ def layers(model: nn.Module, example: Tensor) -> list[LayerInfo]:
     try:
         listed.append(LayerInfo(LOGITS, tuple(logits_of(output).shape)))
     except GSKDError:
-        listed += [LayerInfo(f"{LOGITS}{key}", tuple(t.shape)) for key, t in _feature_maps(output).items()]
+        listed += [LayerInfo(f"{LOGITS}{key}", tuple(t.shape)) for key, t in feature_maps(output).items()]
     return listed
 
 
@@ -359,14 +347,15 @@ def _probe(model: nn.Module, example: Tensor) -> object:
     with ExitStack() as scope:
         scope.enter_context(torch.random.fork_rng(devices=on_cuda))
         scope.enter_context(torch.no_grad())
-        scope.enter_context(_all_eval(root))
+        scope.enter_context(eval_mode(root))
         if _inside_compiled(root, list(root.modules())):
             scope.enter_context(torch.compiler.set_stance("force_eager"))
         return root(example.to(parameter.device, parameter.dtype))
 
 
 @contextmanager
-def _all_eval(root: nn.Module) -> Iterator[None]:
+def eval_mode(root: nn.Module) -> Iterator[None]:
+    """Puts every submodule in eval mode inside the block, and each back into its own mode after it."""
     # The flags are set one by one: train() may be overridden to do more than that, and one call cannot restore a mix.
     modes = [(module, module.training) for module in root.modules()]
     try:
@@ -376,87 +365,3 @@ def _all_eval(root: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _items(output: object) -> dict[str, object]:
-    """What a container holds, by selector as the user would write it."""
-    if isinstance(output, Mapping):
-        return {f"[{key}]": value for key, value in output.items()}
-    if isinstance(output, (tuple, list)):
-        return {f"[{index}]": value for index, value in enumerate(output)}
-    return {f"[{key}]": value for key, value in getattr(output, "__dict__", {}).items()}
-
-
-def _feature_maps(output: object) -> dict[str, Tensor]:
-    """Floating 4-D tensors by selector; ``""`` where the output is one itself."""
-    items = {"": output} if isinstance(output, Tensor) else _items(output)
-    return {k: v for k, v in items.items() if isinstance(v, Tensor) and v.ndim == 4 and v.is_floating_point()}
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return str(tuple(value.shape))
-    return f"{type(value).__name__} of {len(value)}" if isinstance(value, (tuple, list, dict)) else type(value).__name__
-
-
-def _choices(output: object) -> str:
-    items = _items(output)
-    return ", ".join(f"{key}: {_describe(value)}" for key, value in items.items()) or f"nothing in {_describe(output)}"
-
-
-def _feature_map(output: object, selectors: Sequence[str], where: str) -> Tensor:
-    for selector in selectors:
-        output = _pick(output, selector, where)
-    if not isinstance(output, Tensor):
-        maps = {key: value for key, value in _items(output).items() if isinstance(value, Tensor) and value.ndim == 4}
-        if len(maps) != 1:
-            raise GSKDError(
-                f"{where} gives {type(output).__name__} with {len(maps)} 4-D tensors, expected one; "
-                f"add a selector, choices: {_choices(output)}"
-            )
-        output = next(iter(maps.values()))
-    return _floating(_image_like(output, where), where)
-
-
-def _pick(output: object, selector: str, where: str) -> object:
-    if isinstance(output, (tuple, list)) and re.fullmatch(r"-?\d+", selector):
-        if -len(output) <= int(selector) < len(output):
-            return output[int(selector)]
-    elif isinstance(output, Mapping):
-        for key in output:
-            if str(key) == selector:
-                return output[key]
-    elif isinstance(output, Tensor):
-        raise GSKDError(f"{where} gives one tensor {tuple(output.shape)}; expected no selector [{selector}]")
-    elif hasattr(output, selector):
-        return getattr(output, selector)
-    raise GSKDError(f"{where} gives {type(output).__name__} without [{selector}]; choices: {_choices(output)}")
-
-
-def _logits(output: object, where: str) -> Tensor:
-    found = output
-    if isinstance(output, Mapping):
-        found = next((output[key] for key in ("out", "logits") if key in output), None)
-    elif isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor) and output[0].ndim == 4:
-        found = output[0]
-    elif not isinstance(output, Tensor):
-        found = getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
-        raise GSKDError(
-            f"{where} holds no logits: found {_choices(output)}; expected a tensor, a mapping with 'out' or 'logits', "
-            "an object with .logits, or a sequence that starts with a 4-D tensor"
-        )
-    return _image_like(found, where)
-
-
-def _image_like(tensor: Tensor, where: str) -> Tensor:
-    if tensor.ndim != 4:
-        hint = " (tokens (B, N, C)? tap the layer that turns them back into a map)" if tensor.ndim == 3 else ""
-        raise GSKDError(f"{where} has shape {tuple(tensor.shape)}, expected 4-D (B, C, h, w){hint}")
-    return tensor
-
-
-def _floating(tensor: Tensor, where: str) -> Tensor:
-    if not tensor.is_floating_point():
-        raise GSKDError(f"{where} has dtype {tensor.dtype}, expected a floating one")
-    return tensor

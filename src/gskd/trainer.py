@@ -1,7 +1,7 @@
 """The training loop on Accelerate (distiller -> trainer -> run folder). It knows no loss by name.
 
-Every step is a function of (recipe, step): order, views and the randomness inside the step are derived from the seed and the
-step's number, so a run that is killed and resumed ends with the same weights as one that was not.
+Every step is a function of (recipe, step): order, views and the randomness inside the step are derived from the seed
+and the step's number, so a run that is killed and resumed ends with the same weights as one that was not.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
 
 
 def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
-    """AdamW or SGD with Nesterov momentum; no weight decay on biases and normalisation (parameters of one dimension)."""
+    """AdamW or SGD with Nesterov momentum; no weight decay on biases and normalisation (1-D parameters)."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -121,7 +122,7 @@ def fit(
         distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     distiller.to(accelerator.device)
     if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
-        distiller.student = student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        distiller.student = student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
     optimizer = build_optimizer(distiller, train)
     first_step, best = 0, -1.0
     if resume:
@@ -151,7 +152,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate
         for round_ in range(train.accumulate):
-            images, labels = (x.to(accelerator.device, non_blocking=True) for x in next(batches))
+            images, labels = (x.to(accelerator.device, non_blocking=True) for x in _next(batches))
             inputs = _normalised(images, recipe.model, teacher_model, train.channels_last)
             last_round = round_ == train.accumulate - 1
             with contextlib.nullcontext() if last_round else accelerator.no_sync(model):
@@ -182,7 +183,7 @@ def fit(
             paused = time.perf_counter()
             _agree_on_buffers(student, accelerator)
             score = evaluate(student, val_data, inference, progress.counter(f"step {done}: scoring {recipe.data.val}"))
-            is_best = score.miou > best
+            is_best = score.miou > best or math.isnan(score.miou)  # a split without labels still leaves weights
             if main:
                 run.add_metrics({"step": done, "split": recipe.data.val, **score.to_dict(val_data.classes)})
                 if is_best:
@@ -194,8 +195,6 @@ def fit(
         if main and (done % train.checkpoint_every == 0 or done == train.steps):
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             save_checkpoint(run.checkpoints, done, distiller, optimizer, {"best": best, "scaler": scaler}, train.keep)
-    if train.tensorboard:
-        accelerator.end_training()
     # Nothing was left to train when a finished run is resumed: the score is measured again.
     return score if score is not None else evaluate(student, val_data, inference)
 
@@ -208,6 +207,14 @@ def _agree_on_buffers(student: nn.Module, accelerator: Any) -> None:
         with torch.no_grad():
             for buffer in student.buffers():
                 buffer.copy_(broadcast(buffer.clone(), from_process=0))
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    try:
+        return next(batches)
+    except GSKDError as error:
+        # A worker process sends its whole traceback as the message, whose last part is what the dataset said.
+        raise GSKDError(str(error).rsplit(f"{GSKDError.__name__}: ", 1)[-1].strip()) from None
 
 
 def _loader(recipe: Recipe, data: SegmentationDataset, accelerator: Any, first_step: int) -> DataLoader[Any]:

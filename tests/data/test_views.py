@@ -187,6 +187,7 @@ def test_scaling_keeps_image_and_label_together(factor: float) -> None:
         seams[1:] |= y[1:] != y[:-1]
         near = torch.nn.functional.max_pool2d(seams[None, None].float(), 7, 1, 3)[0, 0] > 0
         far &= ~near
+        far[:3], far[-3:], far[:, :3], far[:, -3:] = False, False, False, False  # a seam may lie just outside
         assert far.any()
         assert not (off & far).any()
 
@@ -200,7 +201,7 @@ def test_what_the_image_does_not_cover_is_padded_and_ignored() -> None:
     outside[:4, :5] = False
     assert (y[outside] == IGNORE).all()
     assert (y[~outside] == 1).all()
-    assert (x[:, outside].T == torch.tensor(PAD_COLOUR)).all()
+    assert (torch.tensor(PAD_COLOUR) == x[:, outside].T).all()
     assert (x[:, ~outside] < 9).all()
 
 
@@ -236,7 +237,9 @@ def test_resumed_sampler_continues_and_a_finished_one_is_empty() -> None:
 
 def test_a_sample_looks_different_in_every_epoch_and_the_same_when_asked_again() -> None:
     views = TrainingViews(Noise(), FULL, seed=1)
-    position = {epoch: next(p for p in range(5 * epoch, 5 * epoch + 5) if sample_at(1, p, 5)[0] == 2) for epoch in (0, 1)}
+    position = {
+        epoch: next(p for p in range(5 * epoch, 5 * epoch + 5) if sample_at(1, p, 5)[0] == 2) for epoch in (0, 1)
+    }
     first, second = views[position[0]], views[position[1]]
     assert not torch.equal(first[0], second[0])
     assert torch.equal(first[0], TrainingViews(Noise(), FULL, seed=1)[position[0]][0])

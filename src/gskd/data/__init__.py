@@ -1,7 +1,7 @@
 """Samples from files: the first stretch of the pixel's path (files -> data -> models).
 
-A dataset is any object with ``classes``, ``palette``, ``__len__``, ``name(i)`` and ``__getitem__(i) -> Sample``. Labels use
-``IGNORE`` for pixels that count nowhere.
+A dataset is any object with ``classes``, ``palette``, ``__len__``, ``name(i)`` and ``__getitem__(i) -> Sample``. Labels
+use ``IGNORE`` for pixels that count nowhere.
 """
 
 from __future__ import annotations

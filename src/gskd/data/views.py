@@ -1,7 +1,8 @@
 """Replayable augmentation: a view is a crop whose parameters are a pure function of (seed, sample, view).
 
-Parameters are drawn first into a small record and only then applied to image and label, so nothing depends on worker count,
-process count or time, and the same view can be made again later. The order of samples is a pure function of (seed, position).
+Parameters are drawn first into a small record and only then applied to image and label, so nothing depends on worker
+count, process count or time, and the same view can be made again later. The order of samples is a pure function of
+(seed, position).
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 import gskd._torchvision  # noqa: F401
 from gskd.data import IGNORE, SegmentationDataset
 from gskd.errors import GSKDError
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 PAD_COLOUR = (124, 116, 104)
 """What fills a crop that is larger than the scaled image: ImageNet's mean colour, near zero once normalised."""
@@ -119,8 +120,8 @@ def apply_view(view: View, image: np.ndarray, label: np.ndarray) -> tuple[Tensor
         label: (H, W) uint8.
 
     Returns:
-        (3, h, w) uint8 image, bilinear with antialiasing, and (h, w) int64 labels, nearest. What lies outside the image is
-        `PAD_COLOUR` and `IGNORE`.
+        (3, h, w) uint8 image, bilinear with antialiasing, and (h, w) int64 labels, nearest. What lies outside the image
+        is `PAD_COLOUR` and `IGNORE`.
     """
     x = torch.from_numpy(image).permute(2, 0, 1)
     y = torch.from_numpy(label)[None]
@@ -157,7 +158,8 @@ def _epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
 def sample_at(seed: int, position: int, length: int) -> tuple[int, int]:
     """Which sample stands at a position of the endless training order, and in which epoch.
 
-    Every epoch is its own permutation of all samples. A pure function, so resuming needs a step number and nothing else.
+    Every epoch is its own permutation of all samples. A pure function, so resuming needs a step number and nothing
+    else.
 
     Returns:
         (sample index, epoch).
@@ -175,7 +177,8 @@ class TrainingViews(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         index, epoch = sample_at(self.seed, position, len(self.dataset))
         sample = self.dataset[index]
-        view = draw_view(self.seed, index, epoch, sample.label.shape, self.augmentation)  # type: ignore[arg-type]
+        height, width = sample.label.shape
+        view = draw_view(self.seed, index, epoch, (height, width), self.augmentation)
         return apply_view(view, sample.image, sample.label)
 
 
