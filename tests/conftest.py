@@ -1,7 +1,13 @@
 import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for helpers, under importlib mode
+
+import helpers
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +23,33 @@ def camvid_root() -> Path:
     pytest.skip(
         f"no CamVid in {', '.join(map(str, places))}: set GSKD_CAMVID to the folder that holds train/, trainannot/"
     )
+
+
+@dataclass(frozen=True)
+class TinyRuns:
+    """Runs that tests read and copy, and never change."""
+
+    folder: Path
+    recipe: Path
+    """Of the distilled student; teacher and terms named."""
+    teacher: Path
+    plain: Path
+    distilled: Path
+    said: dict[str, helpers.Outcome]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRuns:
+    """A teacher, a student of it and the plain student, each trained for a few steps through the command line."""
+    folder = tmp_path_factory.mktemp("tiny")
+    teacher, plain, distilled = folder / "teacher", folder / "plain", folder / "distilled"
+    teacher_recipe = helpers.write_recipe(folder / "teacher.yaml", teacher, model=helpers.TEACHER_UNET, seed=1)
+    recipe = helpers.write_recipe(
+        folder / "student.yaml", distilled, teacher={"run": str(teacher)}, terms=helpers.TERMS
+    )
+    said = {
+        "teacher": helpers.gskd_ok("train", teacher_recipe),
+        "plain": helpers.gskd_ok("train", recipe, f"output={plain}", "train.tensorboard=true"),
+        "distilled": helpers.gskd_ok("distill", recipe, "data.test=test"),
+    }
+    return TinyRuns(folder, recipe, teacher, plain, distilled, said)

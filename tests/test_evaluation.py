@@ -1,3 +1,4 @@
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -133,7 +134,7 @@ def test_windows_cover_everything_and_overlap_enough(length: int, window: int, o
     window = min(length, window)
     starts = _starts(length, window, overlap)
     assert (starts[0], starts[-1]) == (0, length - window)
-    for a, b in zip(starts, starts[1:], strict=False):
+    for a, b in itertools.pairwise(starts):
         assert a < b
         shared = a + window - b
         assert shared >= 0

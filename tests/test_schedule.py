@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,8 +22,8 @@ def test_rises_to_the_peak_then_never_rises_again(schedule: ScheduleName, steps:
     values = factors(schedule, steps, warmup)
     peak = round(warmup * steps)
     assert all(isinstance(value, float) and 0 < value <= 1 for value in values)
-    assert all(a < b for a, b in zip(values[:peak], values[1 : peak + 1], strict=False))
-    assert all(a >= b for a, b in zip(values[peak:], values[peak + 1 :], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(values[: peak + 1]))
+    assert all(a >= b for a, b in itertools.pairwise(values[peak:]))
     if peak < steps:
         assert values[peak] == 1.0
 

@@ -17,10 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+
+import gskd._torchvision  # noqa: F401 (must come before torchvision)
+
+# isort: split
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-import gskd._torchvision  # noqa: F401
 from gskd.data import IGNORE, SegmentationDataset
 from gskd.errors import GSKDError
 

@@ -1,0 +1,138 @@
+"""The command line as a person uses it, in this process, on runs small enough for a second of CPU."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from gskd.cli import main
+
+TINY_UNET: dict[str, Any] = {
+    "name": "smp:Unet",
+    "args": {
+        "encoder_name": "tu-mobilenetv3_small_050",
+        "encoder_weights": None,
+        "decoder_channels": [16, 16, 8, 8, 8],
+    },
+}
+TEACHER_UNET: dict[str, Any] = {
+    "name": "smp:Unet",
+    "args": {**TINY_UNET["args"], "decoder_channels": [16, 16, 8, 8, 12]},
+}
+TERMS: dict[str, Any] = {
+    "gskd": {"weight": 5, "args": {"samples_per_class": 4}},
+    "kd": {"weight": 0.5},
+    "mse": {"weight": 2},
+}
+STEPS = 4
+
+
+def recipe_tree(output: Path, **sections: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = {
+        "output": str(output),
+        "data": {"dataset": "scenes", "options": {"size": [32, 48], "length": 4}},
+        "augment": {"crop": [32, 32]},
+        "model": TINY_UNET,
+        "train": {
+            "steps": STEPS,
+            "batch": 4,
+            "log_every": 1,
+            "checkpoint_every": 2,
+            "tensorboard": False,
+            "threads": 1,
+        },
+        "eval": {"every": 2},
+    }
+    return {**tree, **sections}
+
+
+def write_recipe(path: Path, output: Path, **sections: Any) -> Path:
+    path.write_text(json.dumps(recipe_tree(output, **sections)), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+def gskd(*arguments: object) -> Outcome:
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stopped:
+            code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def gskd_ok(*arguments: object) -> Outcome:
+    outcome = gskd(*arguments)
+    assert outcome.code == 0, outcome
+    return outcome
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+
+
+def spawn(*arguments: object, launcher: tuple[str, ...] = ("-m", "gskd.cli"), cwd: Path | None = None) -> Any:
+    """The command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, *launcher, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=cwd,
+    )
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file below a folder with a hash of its bytes, and every folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    return [record for record in records(run) if "loss" in record]
+
+
+def scores(run: Path) -> list[dict[str, Any]]:
+    return [record for record in records(run) if "split" in record]
+
+
+def assert_same_tensors(a: Path, b: Path) -> None:
+    """Two safetensors files hold the same keys and the same bits."""
+    first, second = load_file(a), load_file(b)
+    assert first.keys() == second.keys()
+    different = [key for key in first if first[key].shape != second[key].shape or not first[key].equal(second[key])]
+    assert not different, f"{len(different)} of {len(first)} differ: {different[:3]}"
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Same best weights, same last weights, same state of the optimiser, same losses and scores."""
+    assert_same_tensors(a / "student.safetensors", b / "student.safetensors")
+    last = max(path.name for path in (a / "checkpoints").iterdir())
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert_same_tensors(a / "checkpoints" / last / file, b / "checkpoints" / last / file)
+    assert [(r["step"], r["loss"], r["terms"]) for r in steps(a)] == [
+        (r["step"], r["loss"], r["terms"]) for r in steps(b)
+    ]
+    assert scores(a) == scores(b)

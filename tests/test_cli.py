@@ -1,0 +1,330 @@
+"""The command line, end to end, on runs of a few steps."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import (
+    STEPS,
+    TINY_UNET,
+    assert_same_run,
+    assert_same_tensors,
+    gskd,
+    gskd_ok,
+    records,
+    scores,
+    snapshot,
+    spawn,
+    steps,
+    write_recipe,
+)
+from PIL import Image
+from safetensors.torch import load_file
+
+from gskd.data.palettes import CAMVID_CLASSES, CAMVID_PALETTE
+from gskd.models import build_model
+from gskd.recipe import load_recipe
+
+SHIPPED = ["scenes", "scenes_teacher", "camvid_teacher", "camvid_student", "camvid_gskd", "cityscapes_r101_r18"]
+
+
+# --- train and distill ---
+
+
+def test_a_run_folder_holds_everything(tiny):
+    files = {path.name for path in tiny.distilled.iterdir()}
+    assert files == {"recipe.yaml", "run.json", "metrics.jsonl", "checkpoints", "student.safetensors", "result.json"}
+    recipe = load_recipe(tiny.distilled / "recipe.yaml")
+    assert (recipe.output, recipe.train.steps, recipe.train.momentum) == (str(tiny.distilled), STEPS, 0.9)
+    assert recipe.data.test == "test"  # the override is part of it
+    info = json.loads((tiny.distilled / "run.json").read_text())
+    assert (info["kind"], info["classes"]) == ("distill", list(CAMVID_CLASSES))
+    assert json.loads((tiny.plain / "run.json").read_text())["kind"] == "train"
+    assert info["palette"] == CAMVID_PALETTE.tolist()
+    assert set(info["environment"]["versions"]) >= {"gskd", "torch", "timm"}
+    assert [path.name for path in sorted((tiny.distilled / "checkpoints").iterdir())] == [
+        "step-00000002",
+        "step-00000004",
+    ]
+
+
+def test_metrics_have_every_step_with_raw_and_weighted_terms(tiny):
+    done = steps(tiny.distilled)
+    assert [record["step"] for record in done] == [1, 2, 3, 4]
+    for record in done:
+        assert set(record) == {"step", "loss", "terms", "lr", "seconds_per_step", "images_per_s"}
+        assert list(record["terms"]) == ["task", "gskd", "kd", "mse"]
+        for name, weight in {"task": 1, "gskd": 5, "kd": 0.5, "mse": 2}.items():
+            value = record["terms"][name]
+            assert value["weighted"] == pytest.approx(weight * value["raw"], rel=1e-5)
+        weighted = [value["weighted"] for value in record["terms"].values()]
+        assert record["loss"] == pytest.approx(sum(weighted), rel=1e-5)
+        assert min(weighted) > 0
+    assert all(list(record["terms"]) == ["task"] for record in steps(tiny.plain))
+    assert [(record["step"], record["split"]) for record in scores(tiny.distilled)] == [(2, "val"), (4, "val")]
+    assert set(scores(tiny.distilled)[0]["iou"]) == set(CAMVID_CLASSES)
+
+
+def test_the_student_file_holds_the_student_alone(tiny):
+    student = load_file(tiny.distilled / "student.safetensors")
+    assert student.keys() == build_model(TINY_UNET["name"], TINY_UNET["args"], 11).state_dict().keys()
+    checkpoint = load_file(tiny.distilled / "checkpoints" / "step-00000004" / "model.safetensors")
+    others = {key for key in checkpoint if not key.startswith("student.")}
+    assert others == {
+        "losses.mse.projector.weight",
+        "losses.mse.projector.bias",
+    }  # trained, kept for resuming, no teacher
+
+
+def test_result_has_best_last_and_teacher(tiny):
+    result = json.loads((tiny.distilled / "result.json").read_text())
+    assert set(result["best"]) == set(result["last"]) == {"val", "test"}
+    by_step = {record["step"]: record["miou"] for record in scores(tiny.distilled)}
+    assert result["last"]["val"]["miou"] == by_step[STEPS]
+    assert result["best"]["val"]["miou"] == max(by_step.values())
+    teacher = json.loads((tiny.teacher / "result.json").read_text())
+    assert result["teacher"]["val"] == teacher["best"]["val"]  # the weights it teaches with, scored as its own run did
+    assert teacher["teacher"] is None
+    assert result["parameters"] == sum(p.numel() for p in build_model(**_named(TINY_UNET)).parameters())
+
+
+def _named(model):
+    return {"name": model["name"], "args": model["args"], "num_classes": 11}
+
+
+def test_what_is_said(tiny):
+    lines = tiny.said["distilled"].out.splitlines()
+    teacher = json.loads((tiny.distilled / "result.json").read_text())["teacher"]["val"]
+    expected = f"teacher on val: mIoU {100 * teacher['miou']:.2f}  pixel accuracy {100 * teacher['pixel_accuracy']:.2f}"
+    assert lines.index(expected) < next(i for i, line in enumerate(lines) if line.startswith("step 1/4"))
+    assert any(re.match(r"step 4/4  loss \S+  \[task .* gskd \S+ -> \S+  kd .*\]  lr .* images/s", x) for x in lines)
+    for part in ("last weights on val", "best weights on val", "last weights on test", "best weights on test"):
+        assert sum(line.startswith(part) for line in lines) == 1
+    assert tiny.said["distilled"].err == ""
+    assert "teacher on val" not in tiny.said["plain"].out
+
+
+def test_tensorboard_events(tiny):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = tiny.plain.rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file.parent)).Reload()
+    assert {"loss", "lr", "terms/task", "val/miou"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert not list(tiny.distilled.rglob("events.out.tfevents*"))  # tensorboard: false
+
+
+def test_train_leaves_teacher_and_terms_out(tiny, tmp_path):
+    """And the same recipe in another folder, and with another way to load, gives the same bits."""
+    gskd_ok("train", tiny.recipe, f"output={tmp_path / 'run'}", "teacher=null", "terms={}", "data.cache_gib=0")
+    assert_same_run(tmp_path / "run", tiny.plain)
+
+
+def test_distilling_twice_gives_the_same_bits(tiny, tmp_path):
+    gskd_ok("distill", tiny.recipe, f"output={tmp_path / 'run'}")
+    assert_same_run(tmp_path / "run", tiny.distilled)
+
+
+def test_another_seed_and_no_terms_give_other_weights(tiny, tmp_path):
+    gskd_ok("train", tiny.recipe, f"output={tmp_path / 'run'}", "seed=3")
+    for other in (tmp_path / "run", tiny.distilled):
+        with pytest.raises(AssertionError, match="differ"):
+            assert_same_tensors(other / "student.safetensors", tiny.plain / "student.safetensors")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.precision=bf16", "teacher.precision=bf16"],
+        ["eval.precision=bf16", "train.channels_last=true"],
+        ["train.accumulate=2", "train.clip=0.1"],
+        ["train.optimizer=sgd", "train.schedule=poly", "train.lr=0.01"],
+        ["train.schedule=constant", "data.workers=1", "eval.mode=slide", "eval.window=[32, 32]"],
+        ["model.weights=@plain", "teacher={model: {name: '@name', args: @args, weights: '@teacher', mean: [0, 0, 0]}}"],
+    ],
+    ids=lambda overrides: " ".join(overrides)[:40],
+)
+def test_other_settings(tiny, tmp_path, overrides):
+    teacher = load_recipe(tiny.teacher / "recipe.yaml").model
+    for mark, text in {
+        "@plain": str(tiny.plain),
+        "@teacher": str(tiny.teacher / "student.safetensors"),
+        "@name": teacher.name,
+        "@args": json.dumps(teacher.args),
+    }.items():
+        overrides = [override.replace(mark, text) for override in overrides]
+    run = tmp_path / "run"
+    gskd_ok("distill", tiny.recipe, f"output={run}", "train.steps=2", *overrides)
+    assert all(np.isfinite(record["loss"]) for record in steps(run))
+    assert len(steps(run)) == 2
+    with pytest.raises(AssertionError, match="differ"):  # each setting did something
+        assert_same_tensors(
+            run / "checkpoints/step-00000002/model.safetensors",
+            tiny.distilled / "checkpoints/step-00000002/model.safetensors",
+        )
+
+
+# --- eval, predict, data check ---
+
+
+def test_eval_gives_the_run_its_own_score(tiny, tmp_path):
+    said = gskd_ok("eval", tiny.distilled, "--json", tmp_path / "score.json")
+    score = json.loads((tmp_path / "score.json").read_text())
+    result = json.loads((tiny.distilled / "result.json").read_text())
+    assert score == result["best"]["val"]
+    assert re.search(rf"mIoU\W+{100 * score['miou']:.2f}\b", said.out)
+    assert all(f"IoU {name}" in said.out for name in CAMVID_CLASSES)
+    gskd_ok("eval", tiny.distilled, "--split", "test", "--json", tmp_path / "test.json")
+    assert json.loads((tmp_path / "test.json").read_text()) == result["best"]["test"] != score
+
+
+def test_eval_with_windows_flips_and_scales(tiny, tmp_path):
+    for name, overrides in {
+        "slide": ["eval.mode=slide", "eval.window=[32, 32]"],
+        "flip": ["eval.flip=true"],
+        "both": ["eval.mode=slide", "eval.window=[32, 32]", "eval.flip=true", "eval.scales=[0.75, 1]"],
+    }.items():
+        gskd_ok("eval", tiny.distilled, *overrides, "--json", tmp_path / f"{name}.json")
+    found = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("slide", "flip", "both")]
+    own = json.loads((tiny.distilled / "result.json").read_text())["best"]["val"]
+    assert len({json.dumps(score["iou"]) for score in [*found, own]}) == 4
+    assert {score["pixels"] for score in found} == {own["pixels"]}
+
+
+def test_a_moved_run_is_whole(tiny, tmp_path):
+    shutil.copytree(tiny.distilled, tmp_path / "moved")
+    before = snapshot(tmp_path / "moved")
+    gskd_ok("eval", tmp_path / "moved", "--json", tmp_path / "score.json")
+    score = json.loads((tmp_path / "score.json").read_text())
+    assert score == json.loads((tiny.distilled / "result.json").read_text())["best"]["val"]
+    assert snapshot(tmp_path / "moved") == before
+
+
+def test_predict_writes_pictures_of_the_images_size(tiny, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (45, 70, 4), np.uint8)
+    Image.fromarray(noise[..., :3]).save(folder / "wide.jpg")
+    Image.fromarray(noise[:, :33]).save(folder / "see through.png")
+    Image.fromarray(noise[..., 0]).save(tmp_path / "grey.PNG")
+    (folder / "notes.txt").write_text("not an image")
+    out = tmp_path / "out"
+    said = gskd_ok("predict", tiny.distilled, folder, tmp_path / "grey.PNG", "-o", out)
+    assert said.out.startswith("3 images")
+    sizes = {"wide": (70, 45), "see through": (33, 45), "grey": (70, 45)}
+    for kind in ("index", "colour", "overlay"):
+        assert {path.stem: Image.open(path).size for path in (out / kind).iterdir()} == sizes
+    for name in sizes:
+        index = np.asarray(Image.open(out / "index" / f"{name}.png"))
+        assert index.dtype == np.uint8
+        assert index.max() < 11
+        colour = np.asarray(Image.open(out / "colour" / f"{name}.png"))
+        np.testing.assert_array_equal(colour, CAMVID_PALETTE[index])
+        assert not np.array_equal(np.asarray(Image.open(out / "overlay" / f"{name}.png")), colour)
+
+
+def test_data_check_of_good_data(tiny):
+    said = gskd_ok("data", "check", tiny.recipe, "data.test=test")
+    assert all(f"{split}: 4 of 32 x 48" in said.out for split in ("train", "val", "test"))
+    assert all(name in said.out for name in CAMVID_CLASSES)
+
+
+# --- demo, help, shipped recipes, camvid ---
+
+
+def test_demo_compares_three_runs_and_does_not_train_twice(tmp_path):
+    out = tmp_path / "demo"
+    tiny = [
+        "train.steps=2",
+        "train.batch=2",
+        "train.threads=1",
+        "train.log_every=1",
+        "train.tensorboard=false",
+        "augment.crop=[32, 32]",
+        "data.options={size: [32, 48], length: 2}",
+        "model.args={encoder_name: tu-mobilenetv3_small_050, encoder_weights: null, decoder_channels: 8}",
+    ]
+    said = gskd_ok("demo", "-o", out, *tiny)
+    for part in ("plain student", "GSKD student", "mIoU", "bicyclist", "ms per image", "demo.png"):
+        assert part in said.out
+    with Image.open(out / "demo.png") as picture:
+        assert min(picture.size) > 32
+    before = {name: digest for name, digest in snapshot(out).items() if name != "demo.png"}
+    again = gskd_ok("demo", "-o", out, *tiny)
+    assert "step 1/2" in said.out
+    assert "step" not in again.out
+    assert {name: digest for name, digest in snapshot(out).items() if name != "demo.png"} == before
+
+    def scores_in(text):
+        return re.findall(r"^│ (?:mIoU|s of training).*$", text, re.MULTILINE)
+
+    assert scores_in(again.out) == scores_in(said.out) != []
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        ([], ["train", "distill", "eval", "predict", "data", "demo"]),
+        (["train"], ["RECIPE", "KEY=VALUE", "--resume"]),
+        (["distill"], ["RECIPE", "KEY=VALUE", "--resume"]),
+        (["eval"], ["RUN", "KEY=VALUE", "--split", "--json"]),
+        (["predict"], ["RUN", "IMAGES", "--output"]),
+        (["data"], ["check"]),
+        (["data", "check"], ["RECIPE", "KEY=VALUE"]),
+        (["demo"], ["KEY=VALUE", "--output"]),
+    ],
+)
+def test_help_names_what_there_is(command, parts):
+    said = gskd_ok(*command, "--help")
+    text = re.sub(r"\x1b\[[0-9;]*m", "", said.out)
+    assert [part for part in parts if part not in text] == []
+
+
+def test_shipped_recipes_parse_and_are_named_by_the_help():
+    folder = Path(load_recipe.__code__.co_filename).parent / "recipes"
+    assert {path.stem for path in folder.glob("*.yaml")} == set(SHIPPED)
+    text = re.sub(r"\W+", "", gskd_ok("train", "--help").out)
+    for name in SHIPPED:
+        assert load_recipe(name).output.startswith("runs/")
+        assert re.sub(r"\W+", "", name) in text
+
+
+def test_the_console_script_in_a_process_of_its_own(tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", Path("run"))
+    process = spawn("train", recipe, "train.steps=1", cwd=tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert "step 1/1" in out
+    assert len(records(tmp_path / "run")) == 2
+
+
+def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, monkeypatch):
+    from gskd.run import Run
+
+    def stop(self, record):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "add_metrics", stop)
+    stopped = gskd("train", tiny.recipe, f"output={tmp_path / 'run'}")
+    assert stopped.code == 130
+    assert stopped.err.startswith("gskd: stopped")
+    assert "--resume" in stopped.err
+
+
+@pytest.mark.slow
+def test_camvid(camvid_root, tmp_path):
+    gskd_ok(
+        "train",
+        "camvid_student",
+        f"data.root={camvid_root}",
+        f"output={tmp_path / 'run'}",
+        "data.test=null",
+        "train.steps=2",
+        "train.log_every=1",
+        "train.threads=1",
+    )
+    assert len(steps(tmp_path / "run")) == 2
+    assert scores(tmp_path / "run")[0]["pixels"] > 101 * 360 * 480 * 0.9
