@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -205,6 +206,9 @@ def _score_table(title: str, score: dict[str, Any]) -> Table:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point of the ``gskd`` command."""
+    # A recipe may name a module beside it; python -m finds those, an installed script would not. Last, so that no
+    # file in the folder hides an installed package.
+    sys.path.append(os.getcwd())
     try:
         app(args=arguments, standalone_mode=True)
     except GSKDError as error:

@@ -144,8 +144,14 @@ def check_classes(model: nn.Module, num_classes: int, name: str, size: Sequence[
     """
     parameter = next(model.parameters(), torch.zeros(()))
     image = torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype)
-    with torch.no_grad(), eval_mode(model):
-        logits = logits_of(model(image))
+    try:
+        with torch.no_grad(), eval_mode(model):
+            logits = logits_of(model(image))
+    except GSKDError as error:
+        raise GSKDError(f"{name}: {error}") from None
+    except Exception as error:  # whatever a foreign forward raises: the model cannot be used with these images
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise GSKDError(f"{name}: cannot run on an image of {tuple(image.shape)}: {what[:300]}") from error
     if logits.shape[1] != num_classes:
         raise GSKDError(
             f"{name}: gives logits of shape {tuple(logits.shape)};"

@@ -130,7 +130,7 @@ def apply_view(view: View, image: np.ndarray, label: np.ndarray) -> tuple[Tensor
     y = torch.from_numpy(label)[None]
     if view.size != tuple(y.shape[1:]):
         x = F.resize(x, list(view.size), InterpolationMode.BILINEAR, antialias=True)
-        y = F.resize(y, list(view.size), InterpolationMode.NEAREST)
+        y = F.resize(y, list(view.size), InterpolationMode.NEAREST_EXACT)
     top, left, height, width = view.box
     x, y = x[:, top : top + height, left : left + width], y[:, top : top + height, left : left + width]
     if view.flip:

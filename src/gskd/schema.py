@@ -1,0 +1,179 @@
+"""The fields of a recipe, their types, defaults and meaning. What is not here is an unknown key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Precision(StrEnum):
+    """Arithmetic of the forward pass; weights stay fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class OptimizerName(StrEnum):
+    """Optimisers of torch.optim."""
+
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+class ScheduleName(StrEnum):
+    """How the learning rate moves: see `gskd.trainer.learning_rate_factor`."""
+
+    poly = "poly"
+    onecycle = "onecycle"
+    constant = "constant"
+
+
+class EvalMode(StrEnum):
+    """Whole image at once, or overlapping windows."""
+
+    whole = "whole"
+    slide = "slide"
+
+
+@dataclass
+class DataRecipe:
+    """Where samples come from."""
+
+    dataset: str = "scenes"
+    """camvid, folder or scenes."""
+    root: str | None = None
+    """The dataset's folder; scenes needs none."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the dataset, for example `size` of scenes or `classes` of folder."""
+    train: str = "train"
+    val: str = "val"
+    test: str | None = None
+    """Names of the splits. `val` picks the best checkpoint; `test`, where named, is scored once at the end."""
+    workers: int = 0
+    """Processes that load data; 0 loads in the training process."""
+    cache_gib: float = 2.0
+    """Memory for decoded samples, in GiB for each loading process; 0 decodes every time."""
+
+
+@dataclass
+class AugmentRecipe:
+    """Ranges of the random views, see `gskd.data.views.Augmentation`."""
+
+    crop: list[int] = field(default_factory=lambda: [96, 128])
+    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    flip: float = 0.5
+    brightness: float = 0.25
+    contrast: float = 0.25
+    saturation: float = 0.25
+    hue: float = 0.0
+
+
+@dataclass
+class ModelRecipe:
+    """A network: `smp:Architecture` or `package.module:callable`, with arguments and weights."""
+
+    name: str = ""
+    args: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    """A .safetensors file, or a run folder (then its best student)."""
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    """Of the RGB channels in 0..1; images are normalised with each model's own."""
+
+
+@dataclass
+class TeacherRecipe:
+    """The network to learn from: a finished run, or a model with weights."""
+
+    run: str | None = None
+    """A run folder of this library; names the model and the weights at once."""
+    model: ModelRecipe | None = None
+    """Instead of `run`: any model. Weights should be named, else the teacher is random."""
+    precision: Precision | None = None
+    """Arithmetic of the teacher's forward pass; by default that of training."""
+
+
+@dataclass
+class TermRecipe:
+    """One distillation term."""
+
+    weight: float = 1.0
+    loss: str | None = None
+    """Name of the loss; by default the term's own name, so that the same loss can stand twice under two names."""
+    student: str = "auto"
+    teacher: str = "auto"
+    """Layers to read, by dotted name; `logits` is the output; `auto` chooses for known families of models."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the loss."""
+
+
+@dataclass
+class TrainRecipe:
+    """The optimisation."""
+
+    steps: int = 1000
+    batch: int = 8
+    """Images per optimiser step, over all processes and accumulation rounds."""
+    accumulate: int = 1
+    """Rounds of forward and backward per optimiser step."""
+    optimizer: OptimizerName = OptimizerName.adamw
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Not applied to biases and normalisation."""
+    momentum: float = 0.9
+    """Of SGD."""
+    schedule: ScheduleName = ScheduleName.onecycle
+    warmup: float = 0.1
+    """Share of the steps over which the rate rises."""
+    clip: float | None = None
+    """Largest norm of the gradient; by default it is left as it is."""
+    precision: Precision = Precision.fp32
+    channels_last: bool = False
+    device: str = "auto"
+    """auto or cpu."""
+    threads: int | None = None
+    """CPU threads of one process; by default PyTorch's own choice."""
+    log_every: int = 20
+    checkpoint_every: int = 500
+    keep: int = 2
+    """Checkpoints kept, the newest."""
+    tensorboard: bool = True
+
+
+@dataclass
+class EvalRecipe:
+    """How a model is scored, always at the labels' own resolution."""
+
+    every: int = 500
+    """Steps between scores on the val split; the last step is always scored."""
+    mode: EvalMode = EvalMode.whole
+    window: list[int] = field(default_factory=lambda: [512, 512])
+    """Of slide: (height, width)."""
+    overlap: float = 0.33
+    """Of slide: least share of a window that its neighbour covers again."""
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    """The image is scored at each of these scales and the probabilities are averaged."""
+    flip: bool = False
+    """Averages with the mirrored image."""
+    precision: Precision | None = None
+    """By default that of training."""
+
+
+@dataclass
+class Recipe:
+    """Everything one run needs. `gskd train` trains `model` alone; `gskd distill` adds `teacher` and `terms`."""
+
+    output: str = ""
+    """The run folder."""
+    seed: int = 0
+    data: DataRecipe = field(default_factory=DataRecipe)
+    augment: AugmentRecipe = field(default_factory=AugmentRecipe)
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    teacher: TeacherRecipe | None = None
+    terms: dict[str, TermRecipe] = field(default_factory=dict)
+    """By a name of your choice; a term that is null is left out, so that `terms.kd=null` removes one."""
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    eval: EvalRecipe = field(default_factory=EvalRecipe)
