@@ -7,6 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from gskd.data.palettes import CAMVID_CLASSES, CAMVID_PALETTE
+from gskd.models import build_model
+from gskd.recipe import load_recipe
 from helpers import (
     STEPS,
     TINY_UNET,
@@ -21,12 +27,6 @@ from helpers import (
     steps,
     write_recipe,
 )
-from PIL import Image
-from safetensors.torch import load_file
-
-from gskd.data.palettes import CAMVID_CLASSES, CAMVID_PALETTE
-from gskd.models import build_model
-from gskd.recipe import load_recipe
 
 SHIPPED = ["scenes", "scenes_teacher", "camvid_teacher", "camvid_student", "camvid_gskd", "cityscapes_r101_r18"]
 
@@ -76,7 +76,7 @@ def test_the_student_file_holds_the_student_alone(tiny):
     assert others == {
         "losses.mse.projector.weight",
         "losses.mse.projector.bias",
-    }  # trained, kept for resuming, no teacher
+    }  # no teacher
 
 
 def test_result_has_best_last_and_teacher(tiny):

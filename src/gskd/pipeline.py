@@ -210,7 +210,7 @@ def _build_term(name: str, spec: TermRecipe, student: nn.Module, teacher: nn.Mod
     try:
         loss = loss_type(**args)
     except TypeError as error:
-        raise GSKDError(f"terms.{name}.args: {error}") from None
+        raise GSKDError(f"terms.{name}.args: {kind} refuses {args}: {error}") from None
     return Term(loss, spec.weight, layers["student"], layers["teacher"])
 
 

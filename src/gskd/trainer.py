@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from gskd.checkpoint import latest_checkpoint, restore, save_checkpoint
 from gskd.data import SegmentationDataset
 from gskd.data.views import Augmentation, PositionSampler, TrainingViews
-from gskd.distiller import Distiller
+from gskd.distiller import Distillation, Distiller
+from gskd.distributed import sum_over_processes, world_size
 from gskd.errors import GSKDError
 from gskd.evaluation import evaluate
 from gskd.metrics import Score
@@ -167,10 +168,11 @@ def fit(
         if done % train.log_every == 0 or done == train.steps:
             seconds = time.perf_counter() - started
             elapsed = max(seconds, 1e-9) / max(1, done - timed_from)
+            loss, terms = _values(result)
             record = {
                 "step": done,
-                "loss": result.loss.item(),
-                "terms": {n: {"raw": v.raw.item(), "weighted": v.weighted.item()} for n, v in result.terms.items()},
+                "loss": loss,
+                "terms": terms,
                 "lr": rate,
                 "seconds_per_step": elapsed,
                 "images_per_s": train.batch / elapsed,
@@ -197,6 +199,14 @@ def fit(
             save_checkpoint(run.checkpoints, done, distiller, optimizer, {"best": best, "scaler": scaler}, train.keep)
     # Nothing was left to train when a finished run is resumed: the score is measured again.
     return score if score is not None else evaluate(student, val_data, inference)
+
+
+def _values(result: Distillation) -> tuple[float, dict[str, dict[str, float]]]:
+    """Loss and terms as numbers. A process has those of its own images; their mean over processes is the batch's."""
+    flat = torch.stack([result.loss.detach().float(), *(x.float() for value in result.terms.values() for x in value)])
+    loss, *rest = (sum_over_processes(flat) / world_size()).tolist()
+    pairs = zip(result.terms, rest[::2], rest[1::2], strict=True)
+    return loss, {name: {"raw": raw, "weighted": weighted} for name, raw, weighted in pairs}
 
 
 def _agree_on_buffers(student: nn.Module, accelerator: Any) -> None:

@@ -1,0 +1,162 @@
+"""Two processes: the command line under torchrun, and the distiller under DistributedDataParallel."""
+
+import json
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from gskd.distiller import Distiller, Term
+from gskd.losses import LOSSES
+from helpers import STEPS, assert_same_run, gskd_ok, records, scores, spawn, steps
+
+# `accelerate launch` imports torchvision, which beside a CPU torch needs gskd's patch first.
+ACCELERATE = ("-c", "import gskd._torchvision; from accelerate.commands.accelerate_cli import main; main()")
+
+
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def torchrun(*arguments):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port()}", "-m", "gskd.cli")
+    return finished(spawn(*arguments, launcher=launcher))
+
+
+def finished(process):
+    try:
+        out, err = process.communicate(timeout=500)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def two(tiny, tmp_path_factory):
+    run = tmp_path_factory.mktemp("two") / "run"
+    code, out, err = torchrun("distill", tiny.recipe, f"output={run}", "data.test=test", "eval.every=100")
+    assert code == 0, err
+    return run, out
+
+
+def test_torchrun_makes_one_run(two, tiny):
+    run, out = two
+    assert [record["step"] for record in steps(run)] == list(range(1, STEPS + 1))
+    assert len(records(run)) == STEPS + 1
+    lines = [line for line in out.splitlines() if line.startswith(("step", "teacher", "last", "best"))]
+    assert len(lines) == len(set(lines)) == STEPS + 6
+    recipe, one = (json.loads((folder / "run.json").read_text()) for folder in (run, tiny.distilled))
+    assert (recipe["kind"], recipe["classes"]) == (one["kind"], one["classes"])
+
+
+def test_processes_share_the_images_of_a_batch_and_of_a_split(two, tiny):
+    """The first step has the weights and images of one process: the same task loss but for batch norm's statistics."""
+    run, _ = two
+    result, one = (json.loads((folder / "result.json").read_text()) for folder in (run, tiny.distilled))
+    assert result["teacher"] == one["teacher"]  # each process scored half of the images
+    (first, other) = (steps(folder)[0] for folder in (run, tiny.distilled))
+    assert first["terms"]["task"]["raw"] == pytest.approx(other["terms"]["task"]["raw"], rel=0.04)
+    assert first["loss"] != other["loss"]
+
+
+def test_the_score_is_that_of_the_weights_that_are_saved(two):
+    """Each process has running statistics of its own; the first one's are saved."""
+    run, _ = two
+    result = json.loads((run / "result.json").read_text())
+    assert result["best"] == result["last"]  # scored once in training, and once again from the file
+    assert scores(run)[-1]["miou"] == result["last"]["val"]["miou"]
+    score = run.parent / "score.json"
+    gskd_ok("eval", run, "--json", score)
+    assert json.loads(score.read_text()) == result["best"]["val"]
+
+
+@pytest.mark.slow
+def test_torchrun_is_reproducible_and_resumes(two, tiny, tmp_path):
+    run, _ = two
+    same = ["data.test=test", "eval.every=100"]
+    assert torchrun("distill", tiny.recipe, f"output={tmp_path / 'run'}", *same)[0] == 0
+    assert_same_run(tmp_path / "run", run)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-00000004" / "manifest.json").unlink()
+    (tmp_path / "run" / "result.json").unlink()
+    code, out, err = torchrun("distill", tiny.recipe, f"output={tmp_path / 'run'}", *same, "--resume")
+    assert (code, "resumed at step 2" in out) == (0, True), err
+    assert_same_run(tmp_path / "run", run)
+
+
+@pytest.mark.slow
+def test_torchrun_refuses_in_one_line_each(tiny, tmp_path):
+    code, _, err = torchrun("train", tiny.recipe, f"output={tmp_path / 'run'}", "train.batch=3")
+    assert code != 0
+    assert "gskd: train.batch: 3 images do not divide among 2 processes" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_accelerate_launch(tiny, tmp_path):
+    """On CPU it starts one process unless it is given MPI; what it sets up must not disturb the run."""
+    run = tmp_path / "run"
+    launcher = (*ACCELERATE, "launch", "--cpu", "--num_processes=2", f"--main_process_port={port()}", "-m", "gskd.cli")
+    code, _, err = finished(spawn("train", tiny.recipe, f"output={run}", launcher=launcher))
+    assert code == 0, err
+    assert_same_run(run, tiny.plain)
+
+
+# --- the distiller under DistributedDataParallel ---
+
+
+def network(widths, seed):
+    torch.manual_seed(seed)
+    hidden, classes = widths
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, hidden, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(hidden, classes, 1)
+    )
+
+
+def gradients(part):
+    """Gradients and averaged values of one step; the images differ in how many pixels count."""
+    student, teacher = network((5, 4), 0), network((7, 4), 1)
+    # Every pixel of a class is drawn, so that nothing depends on how the draw falls.
+    terms = {
+        "kd": Term(LOSSES["kd"](), 0.7),
+        "mse": Term(LOSSES["mse"](5, 7), 2.0, "0", "0"),
+        "gskd": Term(LOSSES["gskd"](samples_per_class=400, group_size=2000, policy="mask"), 3.0, "1", "1"),
+    }
+    torch.manual_seed(2)
+    images, labels = torch.randn(3, 3, 8, 9), torch.randint(0, 4, (3, 8, 9))
+    labels[0, 2:] = 255
+    labels[2] = 255
+    torch.nn.init.normal_(terms["mse"].loss.projector.weight)
+    distiller = Distiller(student, teacher, terms)
+    model = torch.nn.parallel.DistributedDataParallel(distiller) if dist.is_initialized() else distiller
+    result = model(images[part], labels[part])
+    result.loss.backward()
+    values = torch.stack([result.loss.detach(), *(value.raw for value in result.terms.values())])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= 2
+    return {"values": values, **{name: p.grad for name, p in distiller.named_parameters()}}
+
+
+def _work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(gradients(slice(0, 1) if rank == 0 else slice(1, 3)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_distiller_has_the_gradient_of_one_process(tmp_path):
+    mp.spawn(_work, (str(tmp_path),), nprocs=2)
+    expected = gradients(slice(None))
+    assert min(value.abs().max() for value in expected.values()) > 1e-5
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+            )

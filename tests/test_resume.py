@@ -1,0 +1,204 @@
+"""A run that was killed and resumed ends as one that was not: the same bits in weights and optimiser."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+
+from gskd.recipe import load_recipe
+from gskd.run import Run
+from helpers import TERMS, assert_same_run, gskd, gskd_ok, scores, snapshot, spawn, steps, write_recipe
+
+STEPS = 6
+
+
+class Killed(BaseException):
+    """Passes every handler, as a kill does."""
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny, tmp_path_factory):
+    """GSKD and KD: the points that GSKD draws are random inside the step."""
+    folder = tmp_path_factory.mktemp("resume")
+    path = write_recipe(folder / "r.yaml", folder / "whole", teacher={"run": str(tiny.teacher)}, terms=TERMS)
+    tree = json.loads(path.read_text())
+    tree["train"] |= {"steps": STEPS, "checkpoint_every": 2}
+    tree["eval"]["every"] = 3
+    path.write_text(json.dumps(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(recipe):
+    gskd_ok("distill", recipe)
+    return recipe.parent / "whole"
+
+
+def kill_at(step, monkeypatch, *arguments):
+    """Ends the run as soon as a step is in the metrics, before anything that follows it is written."""
+    add = Run.add_metrics
+
+    def add_and_die(self, record):
+        add(self, record)
+        if record["step"] == step and "loss" in record:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "add_metrics", add_and_die)
+        with pytest.raises(Killed):
+            gskd(*arguments)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_in_a_step(recipe, whole, tmp_path, monkeypatch, step):
+    """Before the first checkpoint, before a score, before a checkpoint is written, after both."""
+    run = tmp_path / "run"
+    kill_at(step, monkeypatch, "distill", recipe, f"output={run}")
+    assert [record["step"] for record in steps(run)] == list(range(1, step + 1))
+    assert not (run / "result.json").exists()
+    said = gskd_ok("distill", recipe, f"output={run}", "--resume")
+    assert f"resumed at step {(step - 1) // 2 * 2} of {STEPS}" in said.out
+    assert [record["step"] for record in steps(run)] == list(range(1, STEPS + 1))
+    assert_same_run(run, whole)
+    assert _scores(run) == _scores(whole)
+
+
+def _scores(run):
+    result = json.loads((run / "result.json").read_text())
+    return {key: result[key] for key in ("best", "last", "teacher")}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.channels_last=true"],
+        pytest.param(["train.optimizer=sgd", "train.lr=0.01", "train.precision=bf16"], marks=pytest.mark.slow),
+        ["train.accumulate=2", "train.clip=0.5", "train.channels_last=true", "train.optimizer=sgd"],
+    ],
+    ids=["channels_last", "sgd-bf16", "accumulate-clip"],
+)
+def test_killed_with_other_settings(recipe, tmp_path, monkeypatch, overrides):
+    short = [*overrides, "train.steps=5", "terms.mse=null"]
+    gskd_ok("distill", recipe, f"output={tmp_path / 'whole'}", *short)
+    kill_at(3, monkeypatch, "distill", recipe, f"output={tmp_path / 'run'}", *short)
+    gskd_ok("distill", recipe, f"output={tmp_path / 'run'}", *short, "--resume")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_killed_while_a_checkpoint_is_written(recipe, whole, tmp_path, monkeypatch):
+    from gskd import checkpoint
+
+    write = checkpoint.write_tensors
+
+    def write_and_die(tensors, path, metadata=None):
+        if "step-00000004" in str(path) and path.name.startswith("optimizer"):
+            path.with_name(path.name + ".partial").write_bytes(b"half")
+            raise Killed
+        write(tensors, path, metadata)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_tensors", write_and_die)
+        with pytest.raises(Killed):
+            gskd("distill", recipe, f"output={run}")
+    said = gskd_ok("distill", recipe, f"output={run}", "--resume")
+    assert f"resumed at step 2 of {STEPS}" in said.out
+    assert_same_run(run, whole)
+    assert not list(run.rglob("*.partial"))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(recipe, whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    kill_at(5, monkeypatch, "distill", recipe, f"output={run}")
+    weights = run / "checkpoints" / "step-00000004" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 5, "lo')  # a line that a kill cut short
+    said = gskd_ok("distill", recipe, f"output={run}", "--resume")
+    assert "step-00000004 is damaged and skipped: model.safetensors does not match its hash" in said.out
+    assert f"resumed at step 2 of {STEPS}" in said.out
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "part"),
+    [
+        ("distill", ["train.lr=0.5"], "was begun with another recipe ('lr: 0.001', now 'lr: 0.5')"),
+        ("distill", ["terms.kd.weight=3"], "was begun with another recipe"),
+        ("distill", ["terms.kd=null"], "was begun with another recipe"),
+        ("distill", ["train.steps=7"], "was begun with another recipe"),
+        ("train", [], "was begun by gskd distill"),
+    ],
+)
+def test_another_job_is_refused(recipe, whole, command, overrides, part):
+    before = snapshot(whole)
+    refused = gskd(command, recipe, "--resume", *overrides)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert part in refused.err
+    assert snapshot(whole) == before
+
+
+def test_a_finished_run_is_left_alone(recipe, whole):
+    before = snapshot(whole)
+    said = gskd_ok("distill", recipe, "--resume", "data.workers=1", "train.log_every=3")
+    assert "is finished" in said.out
+    assert snapshot(whole) == before
+
+
+def test_killed_before_the_result_was_written(recipe, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    gskd_ok("distill", recipe, f"output={tmp_path / 'run'}", "--resume")
+    assert _scores(tmp_path / "run") == _scores(whole)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_resume_moved_and_with_other_ways_of_working(recipe, whole, tmp_path, monkeypatch):
+    """Where it stands, how data are loaded and how often it reports may change."""
+    kill_at(3, monkeypatch, "distill", recipe, f"output={tmp_path / 'run'}")
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    moved = tmp_path / "moved"
+    gskd_ok(
+        "distill",
+        recipe,
+        f"output={moved}",
+        "--resume",
+        "data.workers=1",
+        "data.cache_gib=0",
+        "train.checkpoint_every=3",
+    )
+    assert_same_run(moved, whole)
+    assert load_recipe(moved / "recipe.yaml").output == str(tmp_path / "run")  # as it was begun
+
+
+def test_resume_without_a_run_starts_one(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    said = gskd_ok("distill", recipe, f"output={tmp_path / 'run'}", "train.steps=1", "--resume")
+    assert "resumed" not in said.out
+    assert len(steps(tmp_path / "run")) == len(scores(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigkill(recipe, tmp_path, workers):
+    run, long = tmp_path / "run", ["train.steps=12", f"data.workers={workers}"]
+    process = spawn("distill", recipe, f"output={run}", *long)
+    try:
+        deadline = time.monotonic() + 400
+        while not (run / "metrics.jsonl").is_file() or len((run / "metrics.jsonl").read_bytes().splitlines()) < 4:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (run / "result.json").exists()
+    assert 3 <= len(steps(run)) < 12
+    gskd_ok("distill", recipe, f"output={run}", *long, "--resume")
+    assert [record["step"] for record in steps(run)] == list(range(1, 13))
+    gskd_ok("distill", recipe, f"output={tmp_path / 'whole'}", "train.steps=12")  # in one go, without workers
+    assert_same_run(run, tmp_path / "whole")
