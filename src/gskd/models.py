@@ -235,6 +235,15 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise GSKDError(f"weights {path}: not a whole safetensors file: {' '.join(str(error).split())}") from None
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The strings that were written beside the tensors of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise GSKDError(f"weights {path}: not a whole safetensors file: {' '.join(str(error).split())}") from None
+
+
 def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors as safetensors, atomically. Tensors that share memory are written one by one."""
     path = Path(path)

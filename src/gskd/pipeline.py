@@ -121,6 +121,7 @@ def train_model(
         accelerator.wait_for_everyone()  # the first process may still be writing the best weights
         result = _final_scores(recipe, run, student, scored, last, progress)
     result |= {
+        "best_step": run.best_step(),
         "parameters": count_parameters(student),
         "seconds": seconds,
         "teacher": teacher_score and {recipe.data.val: teacher_score.to_dict(val_data.classes)},
@@ -151,7 +152,9 @@ def _final_scores(
     inference = inference_of(recipe)
     scores: dict[str, dict[str, Score]] = {"last": {recipe.data.val: last}, "best": {}}
     for which in ("last", "best"):
-        if which == "best" and run.student.is_file():
+        if which == "best" and run.best_step() == recipe.train.steps:
+            scores["best"] = scores["last"]
+        elif which == "best" and run.best_step() is not None:
             load_weights(student, run.student)
         for split, data in scored.items():
             if split not in scores[which]:

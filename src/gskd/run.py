@@ -29,7 +29,7 @@ from gskd.checkpoint import write_text
 from gskd.data import SegmentationDataset
 from gskd.errors import GSKDError
 from gskd.evaluation import Inference
-from gskd.models import build_model, load_weights
+from gskd.models import build_model, load_weights, read_metadata
 from gskd.recipe import Precision, Recipe, dump_recipe, load_recipe
 
 
@@ -130,6 +130,12 @@ class Run:
         model = build_model(recipe.model.name, args, len(self.info()["classes"]))
         load_weights(model, self.student)
         return model.eval()
+
+    def best_step(self) -> int | None:
+        """The step whose weights ``student.safetensors`` holds; None where there are none yet."""
+        if not self.student.is_file():
+            return None
+        return int(read_metadata(self.student).get("step", -1))
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:
         """Appends a line to ``metrics.jsonl``."""
