@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import gskd._torchvision  # noqa: F401 (before any test imports torchvision, timm or smp)
+
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers, under importlib mode
 
 import helpers

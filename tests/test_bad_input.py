@@ -145,8 +145,13 @@ BEFORE_TRAINING = {
         "do not fit FPN",
     ),
     "teacher's head": (
-        "distill @/r.yaml teacher={model:~{name:~'smp:Unet',~args:~{encoder_weights:~null,~classes:~5}}}",
+        "distill @/r.yaml teacher={model:~{name:~'smp:Unet',~args:~{encoder_weights:~null,~classes:~5},"
+        "~weights:~@/teacher}}",
         "args.classes is 5, the data has 11",
+    ),
+    "teacher without weights": (
+        "distill @/r.yaml teacher={model:~{name:~'smp:Unet',~args:~{encoder_weights:~null}}}",
+        "teacher.model.weights: missing",
     ),
     # the output
     "another run": ("train @/r.yaml output=@/teacher", "teacher: holds another run"),

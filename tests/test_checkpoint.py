@@ -254,3 +254,16 @@ def test_another_optimiser_is_refused_and_the_model_left_alone(tmp_path: Path, s
     with pytest.raises(GSKDError, match="another optimiser"):
         restore(newest(tmp_path), other, type(optimizer)(other.parameters(), lr=0.1))
     assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+
+
+def test_the_state_of_the_optimiser_keeps_the_layout_of_its_parameters(tmp_path: Path) -> None:
+    """Files hold contiguous tensors; a state laid out otherwise than its parameter takes the slow path on CUDA."""
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = optimizer_of(model, "adamw")
+    model(torch.randn(1, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path, 2, model, optimizer, {})
+    restore(newest(tmp_path), model, optimizer)
+    states = [(parameter, state["exp_avg"]) for parameter, state in optimizer.state.items()]
+    assert any(not parameter.is_contiguous() for parameter, _ in states)
+    assert all(state.stride() == parameter.stride() for parameter, state in states)

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import gskd._torchvision  # noqa: F401
 from gskd import Distiller, GSKDError, GSKDLoss, KDLoss, MSELoss, Term
 from gskd.data import IGNORE
 from gskd.distiller import cross_entropy
@@ -193,11 +192,12 @@ def distil(student: nn.Module, teacher: nn.Module, student_layer: str, teacher_l
     """The README's five lines on random images; returns the losses."""
     torch.manual_seed(0)
     images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, classes, (2, 64, 64))
-    term = Term(GSKDLoss(only_correct=False), weight=10, student=student_layer, teacher=teacher_layer)
+    term = Term(GSKDLoss(only_correct=False), weight=1000, student=student_layer, teacher=teacher_layer)
     distiller = Distiller(student, teacher, {"gskd": term})
     optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
     losses = []
-    for _ in range(3):
+    for _ in range(5):
+        torch.manual_seed(1)  # the same points each time, so that the values can be compared
         result = distiller(images, labels)
         result.loss.backward()
         optimizer.step()
@@ -231,3 +231,22 @@ def test_a_segformer_pair():
     losses = distil(segformer(8), segformer(16), "segformer[last_hidden_state]", "decode_head.activation", 5)
     assert 0 < losses[-1] < losses[0]
     assert distil(segformer(8), segformer(16), "auto", "auto", 5)[0] > 0
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "keys", "type", "two words"])
+def test_names_that_a_module_cannot_carry_are_refused(name):
+    with pytest.raises(GSKDError, match="cannot be used"):
+        Distiller(Net(5), Net(8), {name: Term(KDLoss())})
+
+
+def test_a_layer_that_does_not_exist_is_found_before_the_first_step():
+    with pytest.raises(GSKDError, match="did you mean 'body'"):
+        Distiller(Net(5), Net(8), {"mse": Term(MSELoss(), 1, "body", "bodi")})
+
+
+@pytest.mark.parametrize("stray", [-1, -100, 4, 200])
+def test_labels_that_are_no_class_count_nowhere(batch, stray):
+    images, labels = batch
+    distiller = Distiller(Net(5).eval(), Net(8), {"kd": Term(KDLoss())}).eval()
+    expected = distiller(images, labels).loss
+    torch.testing.assert_close(distiller(images, labels.masked_fill(labels == IGNORE, stray)).loss, expected)

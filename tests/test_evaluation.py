@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gskd.data import IGNORE, Sample
+from gskd.data.scenes import Scenes
+from gskd.errors import GSKDError
 from gskd.evaluation import Inference, _starts, evaluate, predict
 from gskd.models import normalise
 
@@ -218,3 +220,10 @@ def test_modes_and_statistics_are_left_as_found(width: int) -> None:
     assert (model.training, model.norm.training, model.frozen.training) == (True, True, False)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_with_more_classes_than_the_data_is_refused() -> None:
+    """A prediction beyond the last class would be counted as some other pair of classes."""
+    data = Scenes("val", length=1, size=(16, 16))
+    with pytest.raises(GSKDError, match="gives 21 classes; expected the data's 11"):
+        evaluate(nn.Conv2d(3, 21, 1), data)

@@ -130,6 +130,11 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except ValueError as error:
         raise GSKDError(f"checkpoint {checkpoint.path}: was made by another optimiser: {error}") from None
+    # Files hold contiguous tensors; in the layout of its parameter (channels_last) the state is updated in one kernel.
+    for parameter, entry in optimizer.state.items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                entry[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     model.load_state_dict(found)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gskd.errors import GSKDError
@@ -92,7 +93,7 @@ def evaluate_run(
     from gskd.evaluation import evaluate
     from gskd.pipeline import open_split
     from gskd.progress import Progress
-    from gskd.run import Run, inference_of
+    from gskd.run import Run, device_of, inference_of
 
     folder = Run(run)
     recipe = folder.load_recipe(tuple(overrides or ()))
@@ -105,12 +106,12 @@ def evaluate_run(
         raise GSKDError(
             f"run {run}: was trained on classes {folder.info()['classes']}, {split} has {list(data.classes)}"
         )
-    model = folder.load_model(recipe).to(_device(recipe.train.device))
+    model = folder.load_model(recipe).to(device_of(recipe))
     with Progress(console) as progress:
         score = evaluate(model, data, inference_of(recipe), progress.counter(f"scoring {split}"))
-    console.print(_score_table(f"{run} on {split}, {len(data)} images", score.to_dict(data.classes)))
     if json_file is not None:
         write_text(json_file, json.dumps(score.to_dict(data.classes), indent=1))
+    console.print(_score_table(f"{run} on {split}, {len(data)} images", score.to_dict(data.classes)))
 
 
 @app.command("predict")
@@ -127,7 +128,8 @@ def predict_run(
     found = find_images(images)
     with Progress(console) as progress:
         predict_images(Run(run), found, output, on_progress=progress.counter("predicting"))
-    console.print(f"{len(found)} images: {output}/index, {output}/colour, {output}/overlay", soft_wrap=True)
+    folders = ", ".join(str(output / kind) for kind in ("index", "colour", "overlay"))
+    console.print(f"{len(found)} images: {folders}", markup=False, soft_wrap=True)
 
 
 @data_app.command("check")
@@ -151,15 +153,15 @@ def check_data(recipe: RecipeName, overrides: Overrides = None) -> None:
     table = Table(title="share of all pixels, and images that hold the class")
     table.add_column("class")
     for split, report in reports.items():
-        table.add_column(f"{split}: {report.samples} images", justify="right")
+        table.add_column(f"{escape(split)}: {report.samples} images", justify="right")
     for i, row in enumerate(next(iter(reports.values())).classes):
         cells = [report.classes[i] for report in reports.values()]
-        table.add_row(row.name, *(f"{100 * cell.share:.2f} %  in {cell.images}" for cell in cells))
+        table.add_row(escape(row.name), *(f"{100 * cell.share:.2f} %  in {cell.images}" for cell in cells))
     table.add_row("(ignored)", *(f"{100 * report.void_share:.2f} %" for report in reports.values()))
     console.print(table)
     for split, report in reports.items():
         sizes = ", ".join(f"{count} of {height} x {width}" for (height, width), count in report.sizes.items())
-        console.print(f"{split}: {sizes}", soft_wrap=True)
+        console.print(f"{split}: {sizes}", markup=False, soft_wrap=True)
         for line in [*report.notes, *report.problems]:
             console.print(f"{split}: {line}", markup=False, soft_wrap=True)
     problems = sum(len(report.problems) for report in reports.values())
@@ -183,24 +185,18 @@ def demo(
     run_demo(output, console, tuple(overrides or ()))
 
 
-def _device(wanted: str) -> str:
-    import torch
-
-    return "cuda" if wanted == "auto" and torch.cuda.is_available() else "cpu"
-
-
 def _score_table(title: str, score: dict[str, Any]) -> Table:
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.2f}"
 
-    table = Table(title=title)
+    table = Table(title=escape(title))
     table.add_column("")
     table.add_column("%", justify="right")
     table.add_row("mIoU", percent(score["miou"]), style="bold")
     table.add_row("pixel accuracy", percent(score["pixel_accuracy"]))
     table.add_section()
     for name, value in score["iou"].items():
-        table.add_row(f"IoU {name}", percent(value))
+        table.add_row(f"IoU {escape(name)}", percent(value))
     return table
 
 

@@ -57,7 +57,7 @@ def run_demo(output: Path, console: Console, overrides: tuple[str, ...] = ()) ->
         _picture(models, recipes, val).save(picture)
     except OSError as error:
         raise GSKDError(f"{picture}: cannot be written: {error.strerror or error}") from None
-    console.print(f"picture: {picture}", soft_wrap=True)
+    console.print(f"picture: {picture}", markup=False, soft_wrap=True)
     return results
 
 

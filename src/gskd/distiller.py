@@ -23,7 +23,7 @@ from gskd.data import IGNORE
 from gskd.distributed import mean_over_processes
 from gskd.errors import GSKDError
 from gskd.losses import Pixels
-from gskd.losses._pixels import match_size
+from gskd.losses._pixels import match_size, promote
 from gskd.models import freeze
 from gskd.outputs import logits_of
 from gskd.taps import Taps, auto_tap
@@ -37,8 +37,8 @@ class Term:
         loss: a module called as ``loss(student, teacher, pixels)`` that returns a scalar, such as `GSKDLoss`. Its
             parameters (a projector) are trained with the student and are no part of it.
         weight: factor of the term in the total loss.
-        student: layer of the student by dotted name, ``"logits"`` for its output, or ``"auto"``, see
-        `gskd.taps.auto_tap`. teacher: layer of the teacher, likewise.
+        student: layer of the student by dotted name, ``"logits"`` for its output, or ``"auto"``: `gskd.taps.auto_tap`.
+        teacher: layer of the teacher, likewise.
     """
 
     loss: nn.Module
@@ -72,12 +72,16 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (B, K, h, w), brought to the labels' size (bilinear) where it differs.
-        labels: (B, H, W) int64; `IGNORE` does not count. A batch without labelled pixels gives a differentiable zero.
+        labels: (B, H, W) int64. What is no class, such as `IGNORE`, does not count; a batch without labelled pixels
+            gives a differentiable zero.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = match_size(logits, (labels.shape[1], labels.shape[2]))
-        total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
-        return mean_over_processes(total, (labels != IGNORE).sum())
+        valid = (labels >= 0) & (labels < logits.shape[1]) & (labels != IGNORE)  # as Pixels.valid_at
+        total = F.cross_entropy(
+            promote(logits), labels.masked_fill(~valid, IGNORE), ignore_index=IGNORE, reduction="sum"
+        )
+        return mean_over_processes(total, valid.sum())
 
 
 class Distiller(nn.Module):
@@ -91,8 +95,8 @@ class Distiller(nn.Module):
         student: the network to train.
         teacher: the network to learn from; None trains the student alone.
         terms: the distillation terms by name. ``"task"`` is taken.
-        task_loss: called as ``task_loss(logits, labels)``; by default `cross_entropy`. None leaves the labels' loss to
-        you. teacher_dtype: dtype of autocast around the teacher; None leaves autocast as it is around the call.
+        task_loss: called as ``task_loss(logits, labels)``; by default `cross_entropy`. None leaves it to you.
+        teacher_dtype: dtype of autocast around the teacher; None leaves autocast as it is around the call.
 
     Raises:
         GSKDError: terms without a teacher, a layer that does not exist, or no automatic choice of layer for this model.
@@ -111,8 +115,11 @@ class Distiller(nn.Module):
         terms = dict(terms or {})
         if terms and teacher is None:
             raise GSKDError(f"terms {', '.join(map(repr, terms))}: need a teacher, got none")
-        if "task" in terms:
-            raise GSKDError("terms: the name 'task' is taken by the loss against the labels")
+        for name in terms:
+            if name == "task":
+                raise GSKDError("terms: the name 'task' is taken by the loss against the labels")
+            if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+                raise GSKDError(f"terms: the name {name!r} cannot be used; expected a word of letters, digits and _")
         if task_loss is None and not terms:
             raise GSKDError("distiller: expected a task loss or at least one term, got neither")
         self.student = student
@@ -125,6 +132,8 @@ class Distiller(nn.Module):
         self.teacher_dtype = teacher_dtype
         self.student_layers = {name: _layer(student, term.student, term.loss) for name, term in terms.items()}
         self.teacher_layers = {name: _layer(self._teacher[0], term.teacher, term.loss) for name, term in terms.items()}
+        for model, layers in ((student, self.student_layers), *((t, self.teacher_layers) for t in self._teacher)):
+            Taps(model, list(dict.fromkeys(layers.values())))  # a layer that does not exist is an error here already
 
     @property
     def teacher(self) -> nn.Module | None:

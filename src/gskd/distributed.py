@@ -81,9 +81,8 @@ def gather_with_grad(tensor: Tensor) -> Tensor:
         tensor: (B, ...) of the same shape and dtype on every process.
 
     Returns:
-        (world_size * B, ...). Its gradient on each process is the sum, over processes, of the gradients for that
-        process's
-        rows: under ``DistributedDataParallel`` (which averages) a loss that every process computes on the whole
-        gathered batch trains as it would on one process. On one process ``tensor`` itself.
+        (world_size * B, ...); on one process ``tensor`` itself. Its gradient on each process is the sum, over
+        processes, of the gradients for that process's rows: under ``DistributedDataParallel`` (which averages) a loss
+        that every process computes on the whole gathered batch trains as it would on one process.
     """
     return tensor if world_size() == 1 else cast(Tensor, _AllGather.apply(tensor))  # type: ignore[no-untyped-call]

@@ -9,8 +9,8 @@ from difflib import get_close_matches
 class GSKDError(ValueError):
     """Something the user can put right: a recipe, a file, a shape, a name.
 
-    The message names the thing, what was found and what was expected. The command line prints it in one line and exits
-    2.
+    The message names the thing, what was found and what was expected. The command line prints it in one line
+    and exits 2.
     """
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gskd.data import IGNORE, SegmentationDataset
+from gskd.data import SegmentationDataset
 from gskd.distributed import rank, world_size
+from gskd.errors import GSKDError
 from gskd.metrics import ConfusionMatrix, Score
 from gskd.models import normalise
 from gskd.outputs import logits_of
@@ -136,6 +137,9 @@ def evaluate(
         dataset: see `gskd.data.SegmentationDataset`.
         inference: how logits are made; by default the whole image once.
         on_progress: called as ``on_progress(done, total)`` after each sample of this process.
+
+    Raises:
+        GSKDError: the model gives another number of classes than the dataset has.
     """
     inference = inference or Inference()
     device = next(model.parameters(), torch.zeros(())).device
@@ -145,9 +149,12 @@ def evaluate(
         for done, index in enumerate(mine, 1):
             sample = dataset[index]
             image = torch.from_numpy(sample.image).to(device).permute(2, 0, 1)
-            label = torch.from_numpy(sample.label).to(device)
-            label = label.long().masked_fill(label == IGNORE, -1)
-            confusion.update(predict(model, image, inference).argmax(0), label)
+            scores = predict(model, image, inference)
+            if len(scores) != len(dataset.classes):
+                raise GSKDError(
+                    f"{type(model).__name__}: gives {len(scores)} classes; expected the data's {len(dataset.classes)}"
+                )
+            confusion.update(scores.argmax(0), torch.from_numpy(sample.label).to(device))
             if on_progress is not None:
                 on_progress(done, len(mine))
     return confusion.score()

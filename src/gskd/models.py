@@ -1,7 +1,7 @@
 """Networks by name, and their weights (views -> models -> taps).
 
 A model is any ``nn.Module`` that takes images (B, 3, H, W) and whose output holds logits (B, K, h, w), see
-`gskd.taps.logits_of`.
+`gskd.outputs.logits_of`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,15 @@ def freeze(model: nn.Module) -> nn.Module:
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, 3, H, W) uint8 RGB -> float32, scaled to 0..1, less ``mean``, over ``std``, channel by channel."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
-    return torch.addcmul(shift.view(-1, 1, 1), images.float(), scale.view(-1, 1, 1))
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
+    return torch.addcmul(shift, images.float(), scale)
+
+
+@lru_cache(maxsize=16)  # made on the host: a copy to the device at each step would wait for the step before
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return scale.view(-1, 1, 1), shift.view(-1, 1, 1)
 
 
 def check_classes(model: nn.Module, num_classes: int, name: str, size: Sequence[int] = (64, 64)) -> None:

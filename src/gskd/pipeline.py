@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +57,9 @@ def train_model(
     if distill and (recipe.teacher is None or not recipe.terms):
         raise GSKDError("distill: the recipe names no " + ("teacher" if recipe.teacher is None else "terms"))
     kind = "distill" if distill else "train"
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
+    accelerator = build_accelerator(recipe.train, run)
     resume = resume and run.exists
     if resume:
         begun = run.info().get("kind")
@@ -66,8 +68,6 @@ def train_model(
         _check_same(run.load_recipe(), recipe, run)
     else:
         run.check_free()
-    if recipe.train.threads is not None:
-        torch.set_num_threads(recipe.train.threads)
     splits = {
         name: open_split(recipe, name)
         for name in dict.fromkeys([recipe.data.train, recipe.data.val, recipe.data.test])
@@ -80,19 +80,17 @@ def train_model(
     if distill:
         assert recipe.teacher is not None
         teacher, teacher_model = _build_teacher(recipe.teacher, train_data, recipe.augment.crop)
-        terms = {
-            name: _build_term(name, term, student, teacher, recipe.augment.crop) for name, term in recipe.terms.items()
-        }
+        terms = _build_terms(recipe.terms, student, teacher, recipe.augment.crop)
         precision = recipe.teacher.precision
         distiller = Distiller(
             student, teacher, terms, teacher_dtype=autocast_dtype(precision) if precision is not None else None
         )
-    accelerator = build_accelerator(recipe.train, run)
     progress = progress or Progress()
     progress.enabled = progress.enabled and accelerator.is_main_process
     if resume and run.result.is_file():  # written last
         progress.say(f"{run.path}: is finished; nothing is left to do")
         return _read_result(run)
+    accelerator.wait_for_everyone()  # all have looked at the folder before the first one lays it out
     if not resume and accelerator.is_main_process:
         run.create(recipe, kind, train_data)
     accelerator.wait_for_everyone()
@@ -115,9 +113,7 @@ def train_model(
             counter = progress.counter(f"scoring the teacher on {recipe.data.val}")
             teacher_score = evaluate(teacher, val_data, inference, counter)
             progress.score(f"teacher on {recipe.data.val}", teacher_score)
-        started = time.perf_counter()
-        last = fit(distiller, recipe, run, accelerator, train_data, val_data, progress, resume, teacher_model)
-        seconds = time.perf_counter() - started
+        last, seconds = fit(distiller, recipe, run, accelerator, train_data, val_data, progress, resume, teacher_model)
         accelerator.wait_for_everyone()  # the first process may still be writing the best weights
         result = _final_scores(recipe, run, student, scored, last, progress)
     result |= {
@@ -181,6 +177,8 @@ def _build_teacher(
     spec: TeacherRecipe, data: SegmentationDataset, size: Sequence[int]
 ) -> tuple[nn.Module, ModelRecipe]:
     if spec.model is not None:
+        if spec.model.weights is None and spec.model.name.startswith("smp:"):
+            raise GSKDError("teacher.model.weights: missing; name the trained teacher's file or run folder")
         return build_recipe_model(spec.model, data, "teacher", size), spec.model
     assert spec.run is not None
     run = Run(Path(spec.run))
@@ -193,37 +191,51 @@ def _build_teacher(
     return run.load_model(recipe), recipe.model
 
 
-def _build_term(name: str, spec: TermRecipe, student: nn.Module, teacher: nn.Module, size: Sequence[int]) -> Term:
-    kind = spec.loss or name
-    if kind not in LOSSES:
-        raise GSKDError(f"terms.{name}: unknown loss {kind!r}{near_names(kind, LOSSES)}")
-    loss_type: Any = LOSSES[kind]
-    known = list(inspect.signature(loss_type).parameters)
-    for argument in spec.args:
-        if argument not in known:
-            raise GSKDError(f"terms.{name}.args: {kind} has no argument {argument!r}{near_names(argument, known)}")
-    args = dict(spec.args)
-    layers = {}
-    for side, model, layer in (("student", student, spec.student), ("teacher", teacher, spec.teacher)):
-        layers[side] = auto_tap(model, loss_type.inputs) if layer == "auto" else layer
-        # Also where the loss asks for no width: a layer that never fires is found now and not in the first step.
-        width = channels(model, [layers[side]], torch.zeros(1, 3, *size))[layers[side]][1]
-        if f"{side}_channels" in known:
-            args.setdefault(f"{side}_channels", width)
-    try:
-        loss = loss_type(**args)
-    except TypeError as error:
-        raise GSKDError(f"terms.{name}.args: {kind} refuses {args}: {error}") from None
-    return Term(loss, spec.weight, layers["student"], layers["teacher"])
+def _build_terms(
+    specs: dict[str, TermRecipe], student: nn.Module, teacher: nn.Module, size: Sequence[int]
+) -> dict[str, Term]:
+    loss_types: dict[str, Any] = {}
+    layers: dict[str, dict[str, str]] = {"student": {}, "teacher": {}}
+    for name, spec in specs.items():
+        kind = spec.loss or name
+        if kind not in LOSSES:
+            raise GSKDError(f"terms.{name}: unknown loss {kind!r}{near_names(kind, LOSSES)}")
+        loss_types[name] = LOSSES[kind]
+        for side, model, layer in (("student", student, spec.student), ("teacher", teacher, spec.teacher)):
+            layers[side][name] = auto_tap(model, loss_types[name].inputs) if layer == "auto" else layer
+    # Also where no loss asks for a width: a layer that never fires is found now and not in the first step.
+    example = torch.zeros(1, 3, *size)
+    shapes = {
+        side: channels(model, list(dict.fromkeys(layers[side].values())), example)
+        for side, model in {"student": student, "teacher": teacher}.items()
+    }
+    terms = {}
+    for name, spec in specs.items():
+        known = [p for p in inspect.signature(loss_types[name]).parameters if p != "generator"]  # no value for YAML
+        for argument in spec.args:
+            if argument not in known:
+                raise GSKDError(f"terms.{name}.args: no argument {argument!r}{near_names(argument, known)}")
+        widths = {f"{side}_channels": shapes[side][layers[side][name]][1] for side in layers}
+        args = {key: width for key, width in widths.items() if key in known} | spec.args
+        try:
+            loss = loss_types[name](**args)
+        except TypeError as error:
+            raise GSKDError(f"terms.{name}.args: {spec.loss or name} refuses {args}: {error}") from None
+        terms[name] = Term(loss, spec.weight, layers["student"][name], layers["teacher"][name])
+    return terms
 
 
 def _check_same(old: Recipe, new: Recipe, run: Run) -> None:
-    """A resumed run must be the same run; where it stands, how it is loaded and how often it reports may change."""
+    """A resumed run must be the same; where things stand, how data are loaded and how often it reports may change."""
 
     def core(recipe: Recipe) -> str:
         train = replace(recipe.train, log_every=1, checkpoint_every=1, keep=1, tensorboard=True)
         data = replace(recipe.data, workers=0, cache_gib=0.0, root=None)
-        return dump_recipe(replace(recipe, output="", train=train, data=data))
+        model, teacher = replace(recipe.model, weights=None), recipe.teacher
+        if teacher is not None:
+            own = teacher.model and replace(teacher.model, weights=None)
+            teacher = replace(teacher, run=teacher.run and "", model=own)
+        return dump_recipe(replace(recipe, output="", train=train, data=data, model=model, teacher=teacher))
 
     a, b = core(old).splitlines(), core(new).splitlines()
     if a != b:

@@ -14,7 +14,7 @@ from gskd.errors import GSKDError
 from gskd.evaluation import predict
 from gskd.pictures import colourise, overlay
 from gskd.recipe import Recipe
-from gskd.run import Run, inference_of
+from gskd.run import Run, device_of, inference_of
 
 
 def find_images(sources: Sequence[Path]) -> list[Path]:
@@ -65,7 +65,7 @@ def predict_images(
         raise GSKDError(f"output {output}: expected a new or empty folder, found other files")
     recipe = recipe or run.load_recipe()
     palette = np.array(run.info()["palette"], np.uint8)
-    device = torch.device("cuda" if torch.cuda.is_available() and recipe.train.device != "cpu" else "cpu")
+    device = device_of(recipe)
     model = run.load_model(recipe).to(device)
     inference = inference_of(recipe)
     try:

@@ -267,6 +267,9 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "output", "missing; name the run folder, for example output=runs/first"
     if not 0 <= recipe.seed < 2**63:
         yield "seed", f"expected a whole number from 0 to below 2**63, got {recipe.seed}"
+    for name in ("train", "val"):
+        if not getattr(recipe.data, name):
+            yield f"data.{name}", "missing; name a split"
     models = {"model": recipe.model}
     if recipe.teacher is not None:
         if (recipe.teacher.run is None) == (recipe.teacher.model is None):

@@ -8,7 +8,7 @@
     checkpoints/         see gskd.checkpoint
     student.safetensors  the best model by val mIoU, without projectors
     result.json          final scores, written last
-    events.out.tfevents  TensorBoard
+    tensorboard/         events for TensorBoard
 """
 
 from __future__ import annotations
@@ -181,6 +181,11 @@ def inference_of(recipe: Recipe) -> Inference:
         std=tuple(recipe.model.std),
         dtype=autocast_dtype(spec.precision or recipe.train.precision),
     )
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Where the recipe's model is scored and used: CUDA where there is one, unless the recipe says cpu."""
+    return torch.device("cuda" if recipe.train.device == "auto" and torch.cuda.is_available() else "cpu")
 
 
 def environment() -> dict[str, Any]:

@@ -84,6 +84,7 @@ def build_accelerator(recipe: TrainRecipe, run: Run) -> Any:
         log_with="tensorboard" if recipe.tensorboard else None,
         project_config=ProjectConfiguration(project_dir=str(run.path), logging_dir=str(run.path)),
     )
+    accelerator.gradient_accumulation_steps = 1  # ours is train.accumulate; a launcher's setting would scale the loss
     if recipe.batch % (accelerator.num_processes * recipe.accumulate):
         raise GSKDError(
             f"train.batch: {recipe.batch} images do not divide among {accelerator.num_processes} processes"
@@ -102,8 +103,8 @@ def fit(
     progress: Progress,
     resume: bool = False,
     teacher_model: ModelRecipe | None = None,
-) -> Score:
-    """Trains until ``recipe.train.steps`` and returns the last score on the val split.
+) -> tuple[Score, float]:
+    """Trains until ``recipe.train.steps``.
 
     Writes ``metrics.jsonl``, ``checkpoints/`` and ``student.safetensors`` (the best by val mIoU) into the run folder.
 
@@ -116,6 +117,9 @@ def fit(
         progress: where lines for people go.
         resume: continue from the newest valid checkpoint.
         teacher_model: whose mean and std the teacher wants; by default the student's.
+
+    Returns:
+        The last score on the val split, and the seconds of training alone, scoring left out, over all resumed parts.
     """
     train, student = recipe.train, distiller.student
     main = accelerator.is_main_process
@@ -125,7 +129,7 @@ def fit(
     if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
         distiller.student = student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
     optimizer = build_optimizer(distiller, train)
-    first_step, best = 0, -1.0
+    first_step, best, seconds_before = 0, -1.0, 0.0
     if resume:
         checkpoint, damaged = latest_checkpoint(run.checkpoints)
         for line in damaged:
@@ -133,6 +137,7 @@ def fit(
         if checkpoint is not None:
             restore(checkpoint, distiller, optimizer)
             first_step, best = checkpoint.step, float(checkpoint.state["best"])
+            seconds_before = float(checkpoint.state["seconds"])
             if accelerator.scaler is not None and checkpoint.state.get("scaler"):
                 accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         if main:
@@ -146,7 +151,7 @@ def fit(
     batches = iter(_loader(recipe, train_data, accelerator, first_step))
     inference = inference_of(recipe)
     score: Score | None = None
-    started, timed_from = time.perf_counter(), first_step
+    started = time.perf_counter() - seconds_before
     for step in range(first_step, train.steps):
         seed_step(recipe.seed, step, accelerator.process_index)
         rate = train.lr * learning_rate_factor(step, train)
@@ -159,6 +164,8 @@ def fit(
             with contextlib.nullcontext() if last_round else accelerator.no_sync(model):
                 result = _forward(model, inputs, labels)
                 accelerator.backward(result.loss / train.accumulate)
+        if step == first_step and accelerator.num_processes > 1:
+            _check_all_used(distiller)
         if train.clip is not None:
             accelerator.clip_grad_norm_(model.parameters(), train.clip)
         prepared.step()
@@ -166,16 +173,15 @@ def fit(
 
         done = step + 1
         if done % train.log_every == 0 or done == train.steps:
-            seconds = time.perf_counter() - started
-            elapsed = max(seconds, 1e-9) / max(1, done - timed_from)
             loss, terms = _values(result)
+            pace = max(time.perf_counter() - started, 1e-9) / done
             record = {
                 "step": done,
                 "loss": loss,
                 "terms": terms,
                 "lr": rate,
-                "seconds_per_step": elapsed,
-                "images_per_s": train.batch / elapsed,
+                "seconds_per_step": pace,
+                "images_per_s": train.batch / pace,
             }
             if main:
                 run.add_metrics(record)
@@ -196,9 +202,11 @@ def fit(
             started += time.perf_counter() - paused  # throughput is that of training alone
         if main and (done % train.checkpoint_every == 0 or done == train.steps):
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            save_checkpoint(run.checkpoints, done, distiller, optimizer, {"best": best, "scaler": scaler}, train.keep)
-    # Nothing was left to train when a finished run is resumed: the score is measured again.
-    return score if score is not None else evaluate(student, val_data, inference)
+            state = {"best": best, "seconds": time.perf_counter() - started, "scaler": scaler}
+            save_checkpoint(run.checkpoints, done, distiller, optimizer, state, train.keep)
+    seconds = time.perf_counter() - started
+    # Nothing was left to train when a run is resumed that lacks its result only: the score is measured again.
+    return score if score is not None else evaluate(student, val_data, inference), seconds
 
 
 def _values(result: Distillation) -> tuple[float, dict[str, dict[str, float]]]:
@@ -207,6 +215,15 @@ def _values(result: Distillation) -> tuple[float, dict[str, dict[str, float]]]:
     loss, *rest = (sum_over_processes(flat) / world_size()).tolist()
     pairs = zip(result.terms, rest[::2], rest[1::2], strict=True)
     return loss, {name: {"raw": raw, "weighted": weighted} for name, raw, weighted in pairs}
+
+
+def _check_all_used(distiller: Distiller) -> None:
+    unused = [name for name, p in distiller.named_parameters() if p.requires_grad and p.grad is None]
+    if unused:
+        raise GSKDError(
+            f"model: {len(unused)} parameters got no gradient, first {unused[:3]}; several processes need all of them"
+            " used (an auxiliary head?): build the model without, or train on one process"
+        )
 
 
 def _agree_on_buffers(student: nn.Module, accelerator: Any) -> None:

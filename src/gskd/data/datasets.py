@@ -290,8 +290,9 @@ def _colour_map(classes: int) -> np.ndarray:
 
 def _checked_classes(classes: Sequence[str]) -> tuple[str, ...]:
     names = tuple(str(name) for name in _listed(classes, "classes"))
-    if not 1 <= len(names) <= MAX_CLASSES:
-        raise GSKDError(f"{len(names)} classes, expected 1 to {MAX_CLASSES}: a label is one byte and 255 is ignored")
+    if not 2 <= len(names) <= MAX_CLASSES:
+        hint = "give the background a class of its own" if len(names) == 1 else "a label is one byte and 255 is ignored"
+        raise GSKDError(f"classes: found {len(names)}, expected 2 to {MAX_CLASSES}: {hint}")
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
         raise GSKDError(f"classes names {few(twice)} more than once")

@@ -133,11 +133,6 @@ def match_size(maps: Tensor, size: Size) -> Tensor:
     return F.interpolate(promote(maps), size=size, mode="bilinear", align_corners=False)
 
 
-def zero_of(tensor: Tensor) -> Tensor:
-    """A scalar zero on the graph of ``tensor`` (at least 1-D), with zero gradient; finite even where that is not."""
-    return tensor[:0].sum()
-
-
 def require_maps(name: str, maps: Tensor, batch: int | None = None, channels: int | None = None) -> None:
     """Checks that ``maps`` is floating point (B, C, h, w), with the given batch and channels where those are known.
 

@@ -180,8 +180,7 @@ class PointProjector(nn.Module):
     """Linear, batch norm, ReLU, linear on points: conv1x1-BN-ReLU-conv1x1 where only the sampled pixels are needed.
 
     Batch statistics are those of the valid points of this process. They differ from the convolution's, which would see
-    every
-    pixel: here every class weighs the same.
+    every pixel: here every class weighs the same.
 
     Args:
         in_channels: C of the points.
@@ -219,6 +218,10 @@ class PointProjector(nn.Module):
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
         return mean, variance
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 class GSKDLoss(nn.Module):
@@ -260,11 +263,12 @@ class GSKDLoss(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if group_size != "classes" and (not isinstance(group_size, int) or group_size < 1):
+        if group_size != "classes" and not _is_count(group_size):
             raise GSKDError(f"group_size: expected 'classes' or an integer >= 1, got {group_size!r}")
-        for name, value in {"samples_per_class": samples_per_class, "max_classes": max_classes}.items():
-            if value is not None and value < 1:
-                raise GSKDError(f"{name}: expected an integer >= 1, got {value}")
+        if not _is_count(samples_per_class):
+            raise GSKDError(f"samples_per_class: expected an integer >= 1, got {samples_per_class!r}")
+        if max_classes is not None and not _is_count(max_classes):
+            raise GSKDError(f"max_classes: expected an integer >= 1 or None, got {max_classes!r}")
         if not temperature > 0:
             raise GSKDError(f"temperature: expected a number > 0, got {temperature}")
         if policy not in POLICIES:
