@@ -133,7 +133,11 @@ BEFORE_TRAINING = {
         "not a whole safetensors file",
     ),
     "teacher text": ("distill @/r.yaml teacher.run=@/text", "not a whole safetensors file"),
-    "teacher without weights": ("distill @/r.yaml teacher.run=@/weightless", "student.safetensors: no such file"),
+    "teacher without weights": ("distill @/r.yaml teacher.run=@/weightless", "weightless: has no scored weights yet"),
+    "random teacher": (
+        "distill @/r.yaml teacher={model:~{name:~'smp:Unet',~args:~{encoder_weights:~null}}}",
+        "teacher.model.weights: missing",
+    ),
     "teacher's classes": ("distill @/r.yaml teacher.run=@/classes", "was trained on 2 classes ['road', 'sky']"),
     "pickle": (
         "distill @/r.yaml teacher={model:~{name:~'smp:Unet',~args:~{encoder_weights:~null},~weights:~@/pickle.pt}}",
@@ -148,10 +152,6 @@ BEFORE_TRAINING = {
         "distill @/r.yaml teacher={model:~{name:~'smp:Unet',~args:~{encoder_weights:~null,~classes:~5},"
         "~weights:~@/teacher}}",
         "args.classes is 5, the data has 11",
-    ),
-    "teacher without weights": (
-        "distill @/r.yaml teacher={model:~{name:~'smp:Unet',~args:~{encoder_weights:~null}}}",
-        "teacher.model.weights: missing",
     ),
     # the output
     "another run": ("train @/r.yaml output=@/teacher", "teacher: holds another run"),

@@ -244,9 +244,31 @@ def test_a_layer_that_does_not_exist_is_found_before_the_first_step():
         Distiller(Net(5), Net(8), {"mse": Term(MSELoss(), 1, "body", "bodi")})
 
 
-@pytest.mark.parametrize("stray", [-1, -100, 4, 200])
+@pytest.mark.parametrize("stray", [-1, -100])
 def test_labels_that_are_no_class_count_nowhere(batch, stray):
     images, labels = batch
     distiller = Distiller(Net(5).eval(), Net(8), {"kd": Term(KDLoss())}).eval()
     expected = distiller(images, labels).loss
     torch.testing.assert_close(distiller(images, labels.masked_fill(labels == IGNORE, stray)).loss, expected)
+
+
+def test_labels_beyond_the_classes_are_named(batch):
+    images, labels = batch
+    with pytest.raises(GSKDError, match=r"labels: hold \[4, 200\], the student has classes 0 to 3"):
+        Distiller(Net(5))(images, labels.masked_fill(labels == 0, 4).masked_fill(labels == 1, 200))
+
+
+@pytest.mark.parametrize("wrong", [lambda y: y[:, None], lambda y: y.float(), lambda y: y[:1]])
+def test_labels_of_another_kind_are_named(batch, wrong):
+    with pytest.raises(GSKDError, match=r"labels: expected \(2, H, W\) int64"):
+        Distiller(Net(5))(batch[0], wrong(batch[1]))
+
+
+def test_models_with_different_classes_are_refused(batch):
+    with pytest.raises(GSKDError, match="4 and 6 classes"):
+        Distiller(Net(5), Net(8, classes=6), {"gskd": Term(GSKDLoss(), 1, "body", "body")})(*batch)
+
+
+def test_a_bare_loss_is_refused():
+    with pytest.raises(GSKDError, match=r"'kd' is a KDLoss; expected Term"):
+        Distiller(Net(5), Net(8), {"kd": KDLoss()})

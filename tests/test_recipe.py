@@ -258,7 +258,7 @@ VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dic
     output=TEXT.filter(bool),
     lr=st.floats(1e-300, 1e300),
     args=st.dictionaries(TEXT, VALUES, max_size=3),
-    terms=st.dictionaries(TEXT, st.fixed_dictionaries({"weight": st.floats(-10, 10)}), max_size=2),
+    terms=st.dictionaries(TEXT, st.fixed_dictionaries({"weight": st.floats(0, 10)}), max_size=2),
 )
 def test_dump_and_load_give_the_same_recipe(
     tmp_path_factory: pytest.TempPathFactory, output: str, lr: float, args: dict[str, Any], terms: dict[str, Any]

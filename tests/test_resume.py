@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(recipe, whole, tmp_path, 
 @pytest.mark.parametrize(
     ("command", "overrides", "part"),
     [
-        ("distill", ["train.lr=0.5"], "was begun with another recipe ('lr: 0.001', now 'lr: 0.5')"),
+        ("distill", ["train.lr=0.5"], "was begun with another recipe: train.lr was 0.001, is now 0.5"),
         ("distill", ["terms.kd.weight=3"], "was begun with another recipe"),
         ("distill", ["terms.kd=null"], "was begun with another recipe"),
         ("distill", ["train.steps=7"], "was begun with another recipe"),
@@ -202,3 +202,15 @@ def test_sigkill(recipe, tmp_path, workers):
     assert [record["step"] for record in steps(run)] == list(range(1, 13))
     gskd_ok("distill", recipe, f"output={tmp_path / 'whole'}", "train.steps=12")  # in one go, without workers
     assert_same_run(run, tmp_path / "whole")
+
+
+def test_a_mistake_found_in_the_first_step_does_not_block_the_folder(recipe, tmp_path):
+    refused = gskd("distill", recipe, f"output={tmp_path / 'run'}", "train.batch=1")
+    assert (refused.code, "batch normalisation" in refused.err) == (2, True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(recipe, tmp_path):
+    refused = gskd("distill", recipe, f"output={tmp_path / 'run'}", "train.lr=1e30")
+    assert (refused.code, "the loss is nan" in refused.err) == (2, True)
+    assert "train.lr" in refused.err

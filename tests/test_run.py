@@ -92,7 +92,7 @@ def test_run_json_that_says_nothing(tmp_path: Path, text: str) -> None:
 
 def test_model_of_a_run(tmp_path: Path) -> None:
     run = made(tmp_path)
-    with pytest.raises(GSKDError, match=r"student\.safetensors: no such file"):
+    with pytest.raises(GSKDError, match=r"has no scored weights yet"):
         run.load_model()
     model = build_model(recipe().model.name, recipe().model.args)
     save_weights(model, run.student)
@@ -162,3 +162,14 @@ def test_inference_follows_the_recipe() -> None:
     assert inference.dtype == torch.bfloat16
     asked.eval.precision = Precision.fp32
     assert inference_of(asked).dtype == torch.float32
+
+
+def test_a_run_that_recorded_nothing_is_taken_back_and_no_other(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    run.add_metrics({"step": 1})
+    run.discard_if_unused()
+    assert run.exists
+    run.metrics.unlink()
+    (run.path / "mine.txt").write_text("kept")
+    run.discard_if_unused()
+    assert [path.name for path in run.path.iterdir()] == ["mine.txt"]

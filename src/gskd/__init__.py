@@ -5,6 +5,9 @@ The public API, re-exports only. In a training loop of your own::
     distiller = Distiller(student, teacher, {"gskd": Term(GSKDLoss(), weight=10)})
 """
 
+import gskd._torchvision  # noqa: F401 (before anyone imports torchvision, timm or smp)
+
+# isort: split
 from gskd.data import IGNORE, Sample, SegmentationDataset
 from gskd.distiller import Distillation, Distiller, Term, TermValue
 from gskd.errors import GSKDError

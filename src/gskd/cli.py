@@ -73,7 +73,7 @@ def _train(recipe_name: str, overrides: list[str] | None, *, distill: bool, resu
     from gskd.pipeline import train_model
     from gskd.run import Run
 
-    train_model(recipe, Run(Path(recipe.output)), distill=distill, resume=resume)
+    train_model(recipe, Run(Path(recipe.output).expanduser()), distill=distill, resume=resume)
 
 
 @app.command("eval")
@@ -119,17 +119,27 @@ def predict_run(
     run: RunFolder,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files or folders of images.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the label maps.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the run's recipe, e.g. eval.flip=true."),
+    ] = None,
 ) -> None:
-    """Segment images: index PNGs, colour PNGs and overlays, each of its image's size."""
+    """Segment images: index PNGs, colour PNGs and overlays, each of its image's size.
+
+    Images that cannot be read are left out and named at the end, with exit code 2.
+    """
     from gskd.prediction import find_images, predict_images
     from gskd.progress import Progress
     from gskd.run import Run
 
     found = find_images(images)
+    recipe = Run(run).load_recipe(tuple(overrides or ()))
     with Progress(console) as progress:
-        predict_images(Run(run), found, output, on_progress=progress.counter("predicting"))
+        unreadable = predict_images(Run(run), found, output, recipe, progress.counter("predicting"))
     folders = ", ".join(str(output / kind) for kind in ("index", "colour", "overlay"))
-    console.print(f"{len(found)} images: {folders}", markup=False, soft_wrap=True)
+    console.print(f"{len(found) - len(unreadable)} images: {folders}", markup=False, soft_wrap=True)
+    if unreadable:
+        raise GSKDError(f"predict: {len(unreadable)} of {len(found)} images left out: " + "; ".join(unreadable[:3]))
 
 
 @data_app.command("check")

@@ -118,6 +118,8 @@ class Distiller(nn.Module):
         for name in terms:
             if name == "task":
                 raise GSKDError("terms: the name 'task' is taken by the loss against the labels")
+            if not isinstance(terms[name], Term):
+                raise GSKDError(f"terms: {name!r} is a {type(terms[name]).__name__}; expected Term(loss, weight, ...)")
             if not name.isidentifier() or hasattr(nn.ModuleDict, name):
                 raise GSKDError(f"terms: the name {name!r} cannot be used; expected a word of letters, digits and _")
         if task_loss is None and not terms:
@@ -130,6 +132,7 @@ class Distiller(nn.Module):
         # train().
         self._teacher: list[nn.Module] = [] if teacher is None else [freeze(teacher)]
         self.teacher_dtype = teacher_dtype
+        self._labels_checked = False
         self.student_layers = {name: _layer(student, term.student, term.loss) for name, term in terms.items()}
         self.teacher_layers = {name: _layer(self._teacher[0], term.teacher, term.loss) for name, term in terms.items()}
         for model, layers in ((student, self.student_layers), *((t, self.teacher_layers) for t in self._teacher)):
@@ -153,9 +156,20 @@ class Distiller(nn.Module):
             images: (B, 3, H, W), normalised as the student wants them.
             labels: (B, H, W) int64, `IGNORE` where nothing counts.
             teacher_images: the same views normalised as the teacher wants them, where that differs.
+
+        Raises:
+            GSKDError: labels of another shape, dtype or (looked at in the first call, as it waits for the device) with
+                values that are no class; student and teacher with different numbers of classes; whatever taps and
+                losses refuse.
         """
+        if labels.dim() != 3 or labels.dtype != torch.int64 or len(labels) != len(images):
+            found = f"{tuple(labels.shape)} {labels.dtype}"
+            raise GSKDError(f"labels: expected ({len(images)}, H, W) int64, got {found}")
         with Taps(self.student, list(dict.fromkeys(self.student_layers.values()))) as student_taps:
             logits = logits_of(self.student(images))
+        if not self._labels_checked:
+            _check_labels(labels, logits.shape[1])
+            self._labels_checked = True
         losses: list[Tensor] = []
         terms: dict[str, TermValue] = {}
         if self.task_loss is not None:
@@ -163,6 +177,11 @@ class Distiller(nn.Module):
             terms["task"] = TermValue(losses[0].detach(), losses[0].detach())
         if self.losses:
             teacher_logits, teacher_taps = self._teach(images if teacher_images is None else teacher_images)
+            if teacher_logits.shape[1] != logits.shape[1]:
+                raise GSKDError(
+                    f"student and teacher give {logits.shape[1]} and {teacher_logits.shape[1]} classes;"
+                    " expected the same number"
+                )
             pixels = Pixels(labels, teacher_logits)
             for name, loss in self.losses.items():
                 raw = loss(student_taps[self.student_layers[name]], teacher_taps[self.teacher_layers[name]], pixels)
@@ -182,6 +201,14 @@ class Distiller(nn.Module):
             Taps(teacher, list(dict.fromkeys(self.teacher_layers.values()))) as taps,
         ):
             return logits_of(teacher(images)), taps
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    stray = sorted(set(labels[(labels >= classes) & (labels != IGNORE)].tolist()))
+    if stray:
+        raise GSKDError(
+            f"labels: hold {stray[:5]}, the student has classes 0 to {classes - 1}; {IGNORE} or less than 0 is ignored"
+        )
 
 
 def _layer(model: nn.Module, name: str, loss: nn.Module) -> str:

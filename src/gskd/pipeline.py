@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from gskd.losses import LOSSES
 from gskd.metrics import Score
 from gskd.models import build_model, check_classes, count_parameters, load_weights
 from gskd.progress import Progress
-from gskd.recipe import ModelRecipe, Recipe, TeacherRecipe, TermRecipe, dump_recipe
+from gskd.recipe import ModelRecipe, Recipe, TeacherRecipe, TermRecipe
 from gskd.run import Run, autocast_dtype, inference_of, without_pretraining
 from gskd.taps import auto_tap, channels
 from gskd.trainer import build_accelerator, fit
@@ -113,7 +113,14 @@ def train_model(
             counter = progress.counter(f"scoring the teacher on {recipe.data.val}")
             teacher_score = evaluate(teacher, val_data, inference, counter)
             progress.score(f"teacher on {recipe.data.val}", teacher_score)
-        last, seconds = fit(distiller, recipe, run, accelerator, train_data, val_data, progress, resume, teacher_model)
+        try:
+            last, seconds = fit(
+                distiller, recipe, run, accelerator, train_data, val_data, progress, resume, teacher_model
+            )
+        except GSKDError:
+            if accelerator.is_main_process:
+                run.discard_if_unused()  # a mistake found in the first step must not block the folder
+            raise
         accelerator.wait_for_everyone()  # the first process may still be writing the best weights
         result = _final_scores(recipe, run, student, scored, last, progress)
     result |= {
@@ -167,10 +174,25 @@ def build_recipe_model(spec: ModelRecipe, data: SegmentationDataset, where: str,
         model = build_model(spec.name, spec.args, len(data.classes))
     else:
         model = build_model(spec.name, without_pretraining(spec.name, spec.args), len(data.classes))
-        weights = Run(Path(spec.weights))
+        weights = Run(Path(spec.weights).expanduser())
+        if weights.exists:
+            _check_weights_run(weights, spec, data, where)
         load_weights(model, weights.student if weights.exists else weights.path)
     check_classes(model, len(data.classes), f"{where} {spec.name!r}", size)
     return model
+
+
+def _check_weights_run(run: Run, spec: ModelRecipe, data: SegmentationDataset, where: str) -> None:
+    """Weights of a run are meant for its classes and its normalisation: with others they fit and are wrong."""
+    made = run.load_recipe().model
+    pairs = {
+        "classes": (run.info()["classes"], list(data.classes)),
+        "mean": (made.mean, spec.mean),
+        "std": (made.std, spec.std),
+    }
+    for name, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise GSKDError(f"{where}.weights {run.path}: was trained with {name} {theirs}; here it would get {ours}")
 
 
 def _build_teacher(
@@ -181,7 +203,7 @@ def _build_teacher(
             raise GSKDError("teacher.model.weights: missing; name the trained teacher's file or run folder")
         return build_recipe_model(spec.model, data, "teacher", size), spec.model
     assert spec.run is not None
-    run = Run(Path(spec.run))
+    run = Run(Path(spec.run).expanduser())
     recipe = run.load_recipe()
     classes = run.info()["classes"]
     if classes != list(data.classes):
@@ -228,18 +250,20 @@ def _build_terms(
 def _check_same(old: Recipe, new: Recipe, run: Run) -> None:
     """A resumed run must be the same; where things stand, how data are loaded and how often it reports may change."""
 
-    def core(recipe: Recipe) -> str:
+    def core(recipe: Recipe) -> dict[str, Any]:
         train = replace(recipe.train, log_every=1, checkpoint_every=1, keep=1, tensorboard=True)
         data = replace(recipe.data, workers=0, cache_gib=0.0, root=None)
         model, teacher = replace(recipe.model, weights=None), recipe.teacher
         if teacher is not None:
             own = teacher.model and replace(teacher.model, weights=None)
             teacher = replace(teacher, run=teacher.run and "", model=own)
-        return dump_recipe(replace(recipe, output="", train=train, data=data, model=model, teacher=teacher))
+        return asdict(replace(recipe, output="", train=train, data=data, model=model, teacher=teacher))
 
-    a, b = core(old).splitlines(), core(new).splitlines()
-    if a != b:
-        first = next(((x, y) for x, y in zip(a, b, strict=False) if x != y), ("fewer lines", "more lines"))
-        raise GSKDError(
-            f"run {run.path}: was begun with another recipe ({first[0].strip()!r}, now {first[1].strip()!r})"
-        )
+    if differing := _differences(core(old), core(new)):
+        raise GSKDError(f"run {run.path}: was begun with another recipe: " + "; ".join(differing[:3]))
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [line for key in {**old, **new} for line in _differences(old.get(key), new.get(key), f"{where}.{key}")]
+    return [] if old == new else [f"{where.lstrip('.')} was {old}, is now {new}"]

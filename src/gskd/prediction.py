@@ -26,7 +26,9 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for source in sources:
         if source.is_dir():
-            inside = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(
+                p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+            )
             if not inside:
                 raise GSKDError(f"images {source}: no image in this folder; expected {', '.join(IMAGE_SUFFIXES)}")
             found += inside
@@ -48,7 +50,7 @@ def predict_images(
     output: Path,
     recipe: Recipe | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> None:
+) -> list[str]:
     """Writes ``index/``, ``colour/`` and ``overlay/`` PNGs, one of each per image and of its size.
 
     Args:
@@ -58,8 +60,11 @@ def predict_images(
         recipe: the run's recipe, where its ``eval`` section should be another.
         on_progress: called as ``on_progress(done, total)``.
 
+    Returns:
+        A line for each image that cannot be read; it is left out.
+
     Raises:
-        GSKDError: the output holds anything, or an image cannot be read. Pictures already written stay.
+        GSKDError: the output holds anything or cannot be written. Pictures already written stay.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise GSKDError(f"output {output}: expected a new or empty folder, found other files")
@@ -68,11 +73,16 @@ def predict_images(
     device = device_of(recipe)
     model = run.load_model(recipe).to(device)
     inference = inference_of(recipe)
+    unreadable: list[str] = []
     try:
         for kind in ("index", "colour", "overlay"):
             (output / kind).mkdir(parents=True, exist_ok=True)
         for done, path in enumerate(images, 1):
-            image = read_rgb(path)
+            try:
+                image = read_rgb(path)
+            except GSKDError as error:
+                unreadable.append(str(error))
+                continue
             pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)
             label = predict(model, pixels, inference).argmax(0).to(torch.uint8).cpu().numpy()
             Image.fromarray(label).save(output / "index" / f"{path.stem}.png")
@@ -82,3 +92,4 @@ def predict_images(
                 on_progress(done, len(images))
     except OSError as error:
         raise GSKDError(f"output {output}: cannot be written: {error.strerror or error}") from None
+    return unreadable

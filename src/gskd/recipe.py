@@ -270,6 +270,11 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for name in ("train", "val"):
         if not getattr(recipe.data, name):
             yield f"data.{name}", "missing; name a split"
+    if recipe.data.cache_gib < 0:
+        yield "data.cache_gib", f"expected 0 or more, got {recipe.data.cache_gib}"
+    for name, term in recipe.terms.items():
+        if term.weight < 0:
+            yield f"terms.{name}.weight", f"expected 0 or more, got {term.weight}"
     models = {"model": recipe.model}
     if recipe.teacher is not None:
         if (recipe.teacher.run is None) == (recipe.teacher.model is None):
@@ -279,10 +284,13 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for name, model in models.items():
         if not model.name:
             yield f"{name}.name", "missing; for example smp:DeepLabV3Plus"
-        if len(model.mean) != 3:
-            yield f"{name}.mean", f"expected three numbers, got {model.mean}"
-        if len(model.std) != 3 or min(model.std) <= 0:
-            yield f"{name}.std", f"expected three numbers above 0, got {model.std}"
+        if len(model.mean) != 3 or not 0 <= min(model.mean) <= max(model.mean) <= 1:
+            yield f"{name}.mean", f"expected three numbers from 0 to 1, of pixels divided by 255, got {model.mean}"
+        if len(model.std) != 3 or not 0 < min(model.std) <= max(model.std) <= 1:
+            yield (
+                f"{name}.std",
+                f"expected three numbers above 0 and up to 1, of pixels divided by 255, got {model.std}",
+            )
     for name in ("steps", "batch", "accumulate", "lr", "log_every", "checkpoint_every", "keep"):
         if getattr(train, name) <= 0:
             yield f"train.{name}", f"expected more than 0, got {getattr(train, name)}"

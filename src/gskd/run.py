@@ -13,9 +13,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +106,19 @@ class Run:
         except OSError as error:
             raise GSKDError(f"output {self.path}: cannot be read: {error.strerror or error}") from None
 
+    def discard_if_unused(self) -> None:
+        """Takes back a run that recorded no step, score or checkpoint. Only what `create` made is removed."""
+        recorded = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        if recorded or self.student.exists() or any(self.checkpoints.glob("step-*")):
+            return
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        for file in (self.recipe_file, self.info_file, self.metrics):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # holds something else
+            self.checkpoints.rmdir()
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
     def load_recipe(self, overrides: tuple[str, ...] = ()) -> Recipe:
         """The recipe the run was made with."""
         if not self.exists:
@@ -124,10 +139,15 @@ class Run:
 
     def load_model(self, recipe: Recipe | None = None) -> nn.Module:
         """The best model of the run, in eval mode."""
-        recipe = recipe or self.load_recipe()
+        recipe, classes = recipe or self.load_recipe(), self.info()["classes"]
+        if not self.student.is_file():
+            raise GSKDError(
+                f"run {self.path}: has no scored weights yet, the first come at step {recipe.eval.every} or the last;"
+                " continue it with --resume"
+            )
         # The run's weights replace whatever the encoder would have been started from: do not fetch that.
         args = without_pretraining(recipe.model.name, recipe.model.args)
-        model = build_model(recipe.model.name, args, len(self.info()["classes"]))
+        model = build_model(recipe.model.name, args, len(classes))
         load_weights(model, self.student)
         return model.eval()
 

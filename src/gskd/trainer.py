@@ -174,6 +174,9 @@ def fit(
         done = step + 1
         if done % train.log_every == 0 or done == train.steps:
             loss, terms = _values(result)
+            if not math.isfinite(loss):
+                values = ", ".join(f"{name} {value['raw']:.4g}" for name, value in terms.items())
+                raise GSKDError(f"step {done}: the loss is {loss} ({values}); a lower train.lr or train.clip may help")
             pace = max(time.perf_counter() - started, 1e-9) / done
             record = {
                 "step": done,

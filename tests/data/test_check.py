@@ -59,9 +59,11 @@ def test_counts_cover_the_readable_samples(broken):
 
 def test_notes_name_lone_masks_and_samples_without_labels(broken):
     for dataset in (broken, Cached(broken)):
-        lone, unlabelled = check_dataset(dataset).notes
+        lone, unlabelled, absent = check_dataset(dataset).notes
         assert "z.png" in lone
         assert unlabelled.endswith(": g")
+    assert absent.startswith("classes without a pixel (")
+    assert absent.endswith("% is ignored")
 
 
 def test_progress_counts_every_sample(broken):

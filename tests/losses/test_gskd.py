@@ -173,7 +173,13 @@ def test_errors_say_what_is_missing():
         GSKDLoss(only_correct=False)(features, features, Pixels(labels))
     with pytest.raises(GSKDError, match="student_channels"):
         GSKDLoss(projector=True)
-    wrongs = [{"group_size": 0}, {"group_size": "class"}, {"group_size": True}, {"max_classes": 2.0}]
+    wrongs = [
+        {"group_size": 0},
+        {"group_size": "class"},
+        {"group_size": True},
+        {"max_classes": 2.0},
+        {"only_correct": "flase"},
+    ]
     wrongs += [{"samples_per_class": 0}, {"samples_per_class": 4.0}, {"temperature": 0.0}]
     for wrong in wrongs:
         with pytest.raises(GSKDError, match=next(iter(wrong))):

@@ -116,6 +116,8 @@ def check_dataset(dataset: SegmentationDataset, on_progress: Callable[[int, int]
     if unlabelled:
         notes.append(f"samples without a labelled pixel ({len(unlabelled)}): {few(unlabelled)}")
     shares = pixels / max(int(pixels.sum()), 1)
+    if lacking := [name for k, name in enumerate(dataset.classes) if not pixels[k]]:
+        notes.append(f"classes without a pixel ({len(lacking)}): {few(lacking)}; {shares[IGNORE]:.0%} is ignored")
     return DatasetReport(
         samples=total,
         problems=tuple(problems),

@@ -64,6 +64,8 @@ class MSELoss(nn.Module):
         self, student_channels: int | None = None, teacher_channels: int | None = None, normalise: bool = False
     ) -> None:
         super().__init__()
+        if not isinstance(normalise, bool):
+            raise GSKDError(f"normalise: expected true or false, got {normalise!r}")
         self.normalise = normalise
         self.projector: nn.Conv2d | None = None
         if student_channels is None or teacher_channels is None:

@@ -269,6 +269,9 @@ class GSKDLoss(nn.Module):
             raise GSKDError(f"samples_per_class: expected an integer >= 1, got {samples_per_class!r}")
         if max_classes is not None and not _is_count(max_classes):
             raise GSKDError(f"max_classes: expected an integer >= 1 or None, got {max_classes!r}")
+        for name, flag in {"only_correct": only_correct, "projector": projector}.items():
+            if not isinstance(flag, bool):
+                raise GSKDError(f"{name}: expected true or false, got {flag!r}")
         if not temperature > 0:
             raise GSKDError(f"temperature: expected a number > 0, got {temperature}")
         if policy not in POLICIES:
