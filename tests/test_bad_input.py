@@ -173,7 +173,7 @@ BEFORE_TRAINING = {
     "eval split": ("eval @/teacher --split train2", "unknown split 'train2'"),
     "eval key": ("eval @/teacher eval.flips=true", "unknown key eval.flips; did you mean 'flip'"),
     "eval weights": ("eval @/truncated", "not a whole safetensors file"),
-    "eval classes": (f"eval @/teacher {FOLDER}good", "was trained on classes"),
+    "eval classes": (f"eval @/teacher {FOLDER}good", "was trained on 11 classes"),
     "json there": ("eval @/teacher --json @/score.json", "score.json: exists already"),
     "json nowhere": ("eval @/teacher --json @/no/score.json", "no is no folder"),
     "image missing": ("predict @/teacher @/no.png -o @/out", "no.png: no such file or folder"),

@@ -102,10 +102,7 @@ def evaluate_run(
     if json_file is not None and not json_file.parent.is_dir():
         raise GSKDError(f"--json {json_file}: {json_file.parent} is no folder; expected one that exists")
     data = open_split(recipe, split)
-    if list(data.classes) != folder.info()["classes"]:
-        raise GSKDError(
-            f"run {run}: was trained on classes {folder.info()['classes']}, {split} has {list(data.classes)}"
-        )
+    folder.check_classes(data)
     model = folder.load_model(recipe).to(device_of(recipe))
     with Progress(console) as progress:
         score = evaluate(model, data, inference_of(recipe), progress.counter(f"scoring {split}"))

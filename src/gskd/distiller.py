@@ -76,8 +76,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
             gives a differentiable zero.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        logits = match_size(logits, (labels.shape[1], labels.shape[2]))
-        valid = (labels >= 0) & (labels < logits.shape[1]) & (labels != IGNORE)  # as Pixels.valid_at
+        size = (labels.shape[1], labels.shape[2])
+        logits = match_size(logits, size)
+        valid = Pixels(labels, num_classes=logits.shape[1]).valid_at(size)
         total = F.cross_entropy(
             promote(logits), labels.masked_fill(~valid, IGNORE), ignore_index=IGNORE, reduction="sum"
         )

@@ -52,8 +52,7 @@ def build_model(name: str, args: Mapping[str, Any] | None = None, num_classes: i
     try:
         module = importlib.import_module(source)
     except Exception as error:  # a foreign module may raise anything while it is imported
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise GSKDError(f"model {name!r}: cannot import {source}: {what[:400]}") from error
+        raise GSKDError(f"model {name!r}: cannot import {source}: {_described(error)}") from error
     if not hasattr(module, target):
         known = [key for key in vars(module) if not key.startswith("_")]
         raise GSKDError(f"model {name!r}: {source} has no {target}{near_names(target, known)}")
@@ -113,8 +112,12 @@ def _call(name: str, factory: Any, arguments: dict[str, Any]) -> Any:
     try:
         return factory(**arguments)
     except Exception as error:  # whatever a foreign constructor raises, the cause is what the recipe asked of it
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise GSKDError(f"model {name!r}: cannot be built with {arguments}: {what[:400]}") from error
+        raise GSKDError(f"model {name!r}: cannot be built with {arguments}: {_described(error)}") from error
+
+
+def _described(error: Exception) -> str:
+    """What foreign code raised, on one line and not endless."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -157,8 +160,7 @@ def check_classes(model: nn.Module, num_classes: int, name: str, size: Sequence[
     except GSKDError as error:
         raise GSKDError(f"{name}: {error}") from None
     except Exception as error:  # whatever a foreign forward raises: the model cannot be used with these images
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise GSKDError(f"{name}: cannot run on an image of {tuple(image.shape)}: {what[:300]}") from error
+        raise GSKDError(f"{name}: cannot run on an image of {tuple(image.shape)}: {_described(error)}") from error
     if logits.shape[1] != num_classes:
         raise GSKDError(
             f"{name}: gives logits of shape {tuple(logits.shape)};"

@@ -68,6 +68,11 @@ def train_model(
         _check_same(run.load_recipe(), recipe, run)
     else:
         run.check_free()
+    progress = progress or Progress()
+    progress.enabled = progress.enabled and accelerator.is_main_process
+    if resume and run.result.is_file():  # written last
+        progress.say(f"{run.path}: is finished; nothing is left to do")
+        return _read_result(run)
     splits = {
         name: open_split(recipe, name)
         for name in dict.fromkeys([recipe.data.train, recipe.data.val, recipe.data.test])
@@ -85,11 +90,6 @@ def train_model(
         distiller = Distiller(
             student, teacher, terms, teacher_dtype=autocast_dtype(precision) if precision is not None else None
         )
-    progress = progress or Progress()
-    progress.enabled = progress.enabled and accelerator.is_main_process
-    if resume and run.result.is_file():  # written last
-        progress.say(f"{run.path}: is finished; nothing is left to do")
-        return _read_result(run)
     accelerator.wait_for_everyone()  # all have looked at the folder before the first one lays it out
     if not resume and accelerator.is_main_process:
         run.create(recipe, kind, train_data)
@@ -184,13 +184,9 @@ def build_recipe_model(spec: ModelRecipe, data: SegmentationDataset, where: str,
 
 def _check_weights_run(run: Run, spec: ModelRecipe, data: SegmentationDataset, where: str) -> None:
     """Weights of a run are meant for its classes and its normalisation: with others they fit and are wrong."""
+    run.check_classes(data, f"{where}.weights")
     made = run.load_recipe().model
-    pairs = {
-        "classes": (run.info()["classes"], list(data.classes)),
-        "mean": (made.mean, spec.mean),
-        "std": (made.std, spec.std),
-    }
-    for name, (theirs, ours) in pairs.items():
+    for name, theirs, ours in (("mean", made.mean, spec.mean), ("std", made.std, spec.std)):
         if theirs != ours:
             raise GSKDError(f"{where}.weights {run.path}: was trained with {name} {theirs}; here it would get {ours}")
 
@@ -205,11 +201,7 @@ def _build_teacher(
     assert spec.run is not None
     run = Run(Path(spec.run).expanduser())
     recipe = run.load_recipe()
-    classes = run.info()["classes"]
-    if classes != list(data.classes):
-        raise GSKDError(
-            f"teacher {run.path}: was trained on {len(classes)} classes {classes}; the data has {list(data.classes)}"
-        )
+    run.check_classes(data, "teacher")
     return run.load_model(recipe), recipe.model
 
 

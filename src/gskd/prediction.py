@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gskd.data.files import IMAGE_SUFFIXES, read_rgb
+from gskd.data.files import IMAGE_SUFFIXES, list_files, read_rgb
 from gskd.errors import GSKDError
 from gskd.evaluation import predict
 from gskd.pictures import colourise, overlay
@@ -26,9 +26,7 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for source in sources:
         if source.is_dir():
-            inside = sorted(
-                p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-            )
+            inside = list_files(source, IMAGE_SUFFIXES)
             if not inside:
                 raise GSKDError(f"images {source}: no image in this folder; expected {', '.join(IMAGE_SUFFIXES)}")
             found += inside

@@ -137,6 +137,12 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise GSKDError(f"run {self.path}: run.json cannot be read: {error}") from None
 
+    def check_classes(self, data: SegmentationDataset, where: str = "run") -> None:
+        """Raises `GSKDError` unless the data has the classes, in the order, that the run was trained on."""
+        theirs, ours = self.info()["classes"], list(data.classes)
+        if theirs != ours:
+            raise GSKDError(f"{where} {self.path}: was trained on {len(theirs)} classes {theirs}; the data has {ours}")
+
     def load_model(self, recipe: Recipe | None = None) -> nn.Module:
         """The best model of the run, in eval mode."""
         recipe, classes = recipe or self.load_recipe(), self.info()["classes"]

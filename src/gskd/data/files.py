@@ -47,7 +47,7 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, Pa
     if not folder.is_dir():
         raise GSKDError(_missing_folder(folder, what))
     found: dict[str, Path] = {}
-    for path in _files(folder, suffixes):
+    for path in list_files(folder, suffixes):
         other = found.setdefault(path.stem, path)
         if other is not path:
             raise GSKDError(
@@ -58,7 +58,8 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, Pa
     return dict(sorted(found.items()))
 
 
-def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files directly in a folder with one of the endings, sorted, hidden ones left out."""
     found = (p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
     return sorted(p for p in found if p.is_file())
 
@@ -75,14 +76,14 @@ def _missing_folder(folder: Path, what: str) -> str:
 
 def _empty_folder(folder: Path, suffixes: tuple[str, ...], what: str) -> str:
     message = f"{what} folder {folder} holds no {what} ({', '.join(suffixes)})"
-    full = [p.name for p in sorted(folder.parent.iterdir()) if p.is_dir() and p != folder and _files(p, suffixes)]
+    full = [p.name for p in sorted(folder.parent.iterdir()) if p.is_dir() and p != folder and list_files(p, suffixes)]
     lower = {name.lower(): name for name in full}
     own = folder.name.lower()
     near = [n for low, n in lower.items() if own in low or low in own]
     near += [lower[low] for low in get_close_matches(own, lower, cutoff=0.5) if lower[low] not in near]
     if near:
         return f"{message}; beside it {few(near)} {'does' if len(near) == 1 else 'do'}"
-    inner = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and _files(p, suffixes)]
+    inner = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and list_files(p, suffixes)]
     if inner:
         return f"{message} itself, but its subfolders do ({few(inner)}); subfolders are not read"
     return message
