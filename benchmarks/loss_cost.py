@@ -1,4 +1,4 @@
-"""What one loss term costs: forward and backward time, and peak memory, side by side in one run.
+"""What each loss term costs: forward and backward time, and peak memory, side by side in one run.
 
     python benchmarks/loss_cost.py [--device cuda] [--threads 2] [--batch 4] [--height 64] [--width 128] ...
 
@@ -16,12 +16,32 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from gskd.losses import GSKDLoss, KDLoss, MSELoss, Pixels
+from gskd.losses import (
+    AdversarialLoss,
+    AFDCDLoss,
+    ATLoss,
+    AttnFDLoss,
+    BPKDLoss,
+    CIRKDLoss,
+    CIRKDMemoryLoss,
+    CSDLoss,
+    CWDLoss,
+    DISTLoss,
+    GSKDLoss,
+    IFVDLoss,
+    KDLoss,
+    MGDLoss,
+    MSELoss,
+    Pixels,
+    PSDLoss,
+    SKDLoss,
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -39,6 +59,7 @@ def arguments() -> argparse.Namespace:
         "seed": 0,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--terms", nargs="+", metavar="NAME", help="only these, and kd; all by default")
     parser.add_argument("--device", default="cpu", help="default cpu")
     parser.add_argument("--layout", choices=("contiguous", "channels_last"), default="contiguous")
     return parser.parse_args()
@@ -108,15 +129,34 @@ def main() -> None:
     student_logits = maps(args.classes, grad=True)
     student, teacher = maps(args.student_channels, grad=True), maps(args.teacher_channels)
     widths = {"student_channels": args.student_channels, "teacher_channels": args.teacher_channels}
-    terms: dict[str, tuple[nn.Module, Tensor, Tensor]] = {
-        "KD, per pixel": (KDLoss(), student_logits, teacher_logits),
-        "feature MSE, 1x1 projector": (MSELoss(**widths), student, teacher),
-        "GSKD": (GSKDLoss(args.samples_per_class), student, teacher),
-        "GSKD, projector": (GSKDLoss(args.samples_per_class, projector=True, **widths), student, teacher),
+    features, logits = (student, teacher), (student_logits, teacher_logits)
+    early = [maps[:, : maps.shape[1] // 2] for maps in features]
+    terms: dict[str, tuple[nn.Module, Any, Any]] = {
+        "kd": (KDLoss(), *logits),
+        "gskd": (GSKDLoss(args.samples_per_class), *features),
+        "gskd, projector": (GSKDLoss(args.samples_per_class, projector=True, **widths), *features),
+        "mse": (MSELoss(**widths), *features),
+        "at": (ATLoss(), *features),
+        "skd": (SKDLoss(), *features),
+        "adversarial": (AdversarialLoss(args.classes), *logits),
+        "ifvd": (IFVDLoss(), *features),
+        "cwd, logits": (CWDLoss(), *logits),
+        "cwd, features": (CWDLoss(**widths), *features),
+        "psd": (PSDLoss(), [early[0], student], [early[1], teacher]),
+        "csd": (CSDLoss(), *logits),
+        "cirkd": (CIRKDLoss(), *features),
+        "cirkd_memory": (CIRKDMemoryLoss(**widths, num_classes=args.classes), *features),
+        "dist": (DISTLoss(), *logits),
+        "mgd": (MGDLoss(**widths), *features),
+        "afdcd": (AFDCDLoss(**widths), *features),
+        "bpkd": (BPKDLoss(), *logits),
+        "attnfd": (AttnFDLoss(**widths), *features),
     }
+    if args.terms:
+        terms = {name: term for name, term in terms.items() if name.split(",")[0] in {*args.terms, "kd"}}
 
-    def step(term: nn.Module, leaf: Tensor, target: Tensor) -> None:
-        leaf.grad = None
+    def step(term: nn.Module, leaf: Any, target: Any) -> None:
+        student.grad = student_logits.grad = None
         term.zero_grad(set_to_none=True)
         # Fresh every time: the first term of a step pays for the labels and the teacher's prediction.
         term(leaf, target, Pixels(labels, teacher_logits)).backward()
@@ -136,13 +176,13 @@ def main() -> None:
     print(f"{processor(args.device)}, {args.threads} threads; torch {torch.__version__}; commit {commit()}")
     print(f"B {args.batch}, C {args.teacher_channels} -> {args.student_channels}, {args.height}x{args.width}, ", end="")
     print(f"{args.classes} classes, N {args.samples_per_class}, {args.layout}; median of {args.repeats}")
-    print(f"{'term':28s}{'ms':>8s}{'fastest':>9s}{'x KD':>7s}{'peak MiB':>10s}")
-    kd = median(times["KD, per pixel"])
+    print(f"{'term':18s}{'ms':>8s}{'fastest':>9s}{'x KD':>7s}{'peak MiB':>10s}")
+    kd = median(times["kd"])
     for name, inputs in terms.items():
-        inputs[1].grad = None
+        student.grad = student_logits.grad = None
         middle = median(times[name])
         memory = peak_memory(lambda inputs=inputs: step(*inputs), args.device)
-        print(f"{name:28s}{1e3 * middle:8.2f}{1e3 * min(times[name]):9.2f}{middle / kd:7.2f}{memory:10.1f}")
+        print(f"{name:18s}{1e3 * middle:8.2f}{1e3 * min(times[name]):9.2f}{middle / kd:7.2f}{memory:10.1f}")
 
 
 if __name__ == "__main__":

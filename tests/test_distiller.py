@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from gskd import Distiller, GSKDError, GSKDLoss, KDLoss, MSELoss, Term
 from gskd.data import IGNORE
 from gskd.distiller import cross_entropy
+from gskd.losses import ATLoss, PSDLoss
 
 
 class Net(nn.Module):
@@ -272,3 +273,85 @@ def test_models_with_different_classes_are_refused(batch):
 def test_a_bare_loss_is_refused():
     with pytest.raises(GSKDError, match=r"'kd' is a KDLoss; expected Term"):
         Distiller(Net(5), Net(8), {"kd": KDLoss()})
+
+
+class Levels(Net):
+    """A network with two layers to compare."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.more = nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.head = nn.Conv2d(2 * width, 4, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.more(self.body(images)).relu())
+
+
+def test_a_loss_that_compares_layers_gets_them_in_order(batch):
+    seen = []
+
+    class Spy(PSDLoss):
+        def forward(self, student, teacher, pixels):
+            seen.extend([[maps.shape[1] for maps in student], [maps.shape[1] for maps in teacher]])
+            return super().forward(student, teacher, pixels)
+
+    terms = {
+        "psd": Term(Spy(), 1, ["body", "more"], ("body", "more")),
+        "again": Term(Spy(), 1, ["more", "body"], ["more", "body"]),
+        "mse": Term(MSELoss(3, 4), 1, "body", "body"),  # the same tap alone
+    }
+    result = Distiller(Levels(3), Levels(4), terms)(*batch)
+    assert seen == [[3, 6], [4, 8], [6, 3], [8, 4]]
+    result.loss.backward()
+
+
+def test_layers_of_a_wrong_kind_are_named():
+    with pytest.raises(GSKDError, match=r"layers: expected a name or a list of names, got \['body', 3\]"):
+        Distiller(Net(3), Net(4), {"at": Term(ATLoss(), 1, ["body", 3], "body")})
+    with pytest.raises(GSKDError, match="Net: no automatic levels layer is known"):
+        Distiller(Net(3), Net(4), {"psd": Term(PSDLoss())})
+
+
+class Deaf(nn.Module):
+    """A loss that has lost its gradient, as losses on detached or re-gathered features do."""
+
+    def __init__(self, until: int) -> None:
+        super().__init__()
+        self.until, self.calls = until, 0
+
+    def forward(self, student, teacher, pixels):
+        self.calls += 1
+        difference = (student.mean() - teacher.mean()) ** 2
+        return difference if self.calls > self.until else difference.detach()
+
+
+@pytest.mark.parametrize("weight", [1, 0])
+def test_a_term_that_never_reaches_the_student_stops_the_run(batch, weight):
+    distiller = Distiller(
+        Net(3), Net(4), {"at": Term(ATLoss(), 1, "body", "body"), "x": Term(Deaf(99), weight, "body", "body")}
+    )
+    for _ in range(19):
+        distiller(*batch)
+    if weight:
+        with pytest.raises(
+            GSKDError, match="term 'x': its gradient to the student's 'body' was zero in all of the first 20"
+        ):
+            distiller(*batch)
+    else:
+        distiller(*batch)  # what is only to be watched may be silent
+
+
+def test_a_term_that_is_heard_once_is_left_alone(batch):
+    distiller = Distiller(Net(3), Net(4), {"x": Term(Deaf(18), 1, "body", "body")})
+    for _ in range(19):
+        distiller(*batch)
+    distiller.losses["x"].until = 999
+    for _ in range(25):
+        distiller(*batch)
+
+
+def test_evaluation_without_gradient_is_no_silence(batch):
+    distiller = Distiller(Net(3), Net(4), {"at": Term(ATLoss(), 1, "body", "body")})
+    with torch.no_grad():
+        for _ in range(25):
+            distiller(*batch)

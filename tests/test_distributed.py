@@ -8,17 +8,24 @@ import torch.multiprocessing as mp
 from gskd.distributed import gather_with_grad, mean_over_processes, rank, sum_over_processes, world_size
 from gskd.losses import LOSSES, Pixels
 
-OPTIONS = {"gskd": {"samples_per_class": 30, "group_size": 90, "policy": "mask"}, "kd": {}, "mse": {}}
+WIDTHS = {"student_channels": 3, "teacher_channels": 3}
+OPTIONS = {  # with nothing drawn at random, as processes draw for themselves
+    "gskd": {"samples_per_class": 30, "group_size": 90, "policy": "mask", "projector": True, **WIDTHS},
+    "mgd": {**WIDTHS, "mask_ratio": 0.0},
+    "afdcd": {**WIDTHS, "mask_ratio": 0.0, "groups": 3, "pool": 1, "patch": 2},
+    "cirkd_memory": {**WIDTHS, "num_classes": 3, "samples_per_class": 30, "pixel_contrast": 2000},
+    "adversarial": {"num_classes": 3, "width": 4, "penalty": 0.0},
+}
 
 
 def examples(seed=3):
-    """Two images in all, one per process; the second has far fewer valid pixels."""
+    """Four images in all, two per process; the second process has far fewer valid pixels."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(3, 4, 1, 1, generator=generator)
-    inputs, teacher = torch.randn(3, 4, 5, 6, generator=generator), torch.randn(3, 3, 5, 6, generator=generator)
+    inputs, teacher = torch.randn(4, 4, 5, 6, generator=generator), torch.randn(4, 3, 5, 6, generator=generator)
     labels = teacher.argmax(1)
-    labels[1, :, 1:] = 255
-    labels[2] = 255  # an image without points: counts in no mean
+    labels[2, :, 2:] = 255
+    labels[3] = 255  # an image without points: counts in no mean
     return weight, inputs, teacher, labels
 
 
@@ -27,7 +34,11 @@ def gradient(name, part):
     layer = torch.nn.Conv2d(4, 3, 1, bias=False)
     layer.weight.data.copy_(weight)
     model = torch.nn.parallel.DistributedDataParallel(layer) if world_size() > 1 else layer
-    LOSSES[name](**OPTIONS[name])(model(inputs[part]), teacher[part], Pixels(labels[part], teacher[part])).backward()
+    torch.manual_seed(0)  # for layers of the term's own
+    term = LOSSES[name](**OPTIONS.get(name, {}))
+    student, target = model(inputs[part]), teacher[part]
+    levels = ([student, student**2], [target, target**2]) if term.inputs == "levels" else (student, target)
+    term(*levels, Pixels(labels[part], teacher[part])).backward()
     return layer.weight.grad
 
 
@@ -42,7 +53,7 @@ def gathered_gradient(rows):
 def _work(place, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=place, world_size=2)
-    part = slice(0, 1) if place == 0 else slice(1, 3)
+    part = slice(2 * place, 2 * place + 2)
     own = torch.tensor([1.0 + place])
     results = {name: gradient(name, part) for name in LOSSES}
     results["gather"] = gathered_gradient(torch.arange(8.0).view(4, 2)[2 * place : 2 * place + 2] / 9)

@@ -457,3 +457,18 @@ def test_transformers_segformer() -> None:
     ]  # fmt: skip
     with pytest.raises(GSKDError, match=r"\(2, 256, 8\).*tokens"):
         channels(model, [next(n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm))], IMAGES)
+
+
+def test_levels_are_stages_of_the_encoder():
+    import segmentation_models_pytorch as smp
+    import torchvision
+
+    model = smp.Unet("resnet18", encoder_weights=None, classes=3)
+    names = auto_tap(model, "levels")
+    shapes = channels(model, list(names), torch.zeros(1, 3, 64, 64))
+    assert [shapes[name][1:] for name in names] == [(128, 8, 8), (256, 4, 4), (512, 2, 2)]
+    assert auto_tap(torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None), "levels") == (
+        "backbone.layer2",
+        "backbone.layer3",
+        "backbone.layer4",
+    )

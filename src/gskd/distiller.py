@@ -11,7 +11,7 @@ Usable in anyone's loop::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,13 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gskd.data import IGNORE
-from gskd.distributed import mean_over_processes
+from gskd.distributed import mean_over_processes, sum_over_processes
 from gskd.errors import GSKDError
 from gskd.losses import Pixels
 from gskd.losses._pixels import match_size, promote
 from gskd.models import freeze
 from gskd.outputs import logits_of
 from gskd.taps import Taps, auto_tap
+
+Layers = str | tuple[str, ...]
+"""One tap, or several where a loss compares layers."""
+
+_PATIENCE = 20  # steps
 
 
 @dataclass
@@ -38,13 +43,14 @@ class Term:
             parameters (a projector) are trained with the student and are no part of it.
         weight: factor of the term in the total loss.
         student: layer of the student by dotted name, ``"logits"`` for its output, or ``"auto"``: `gskd.taps.auto_tap`.
+            Several names, from the first layer to the last, for a loss that compares layers, such as `PSDLoss`.
         teacher: layer of the teacher, likewise.
     """
 
     loss: nn.Module
     weight: float = 1.0
-    student: str = "auto"
-    teacher: str = "auto"
+    student: str | Sequence[str] = "auto"
+    teacher: str | Sequence[str] = "auto"
 
 
 class TermValue(NamedTuple):
@@ -92,6 +98,9 @@ class Distiller(nn.Module):
     put in eval mode before each step, runs without gradient, and its parameters are set not to require one; it moves
     with the distiller's ``to``.
 
+    A term whose gradient at the student's layer is zero in each of the first 20 steps is an error: it would cost its
+    time and teach nothing. Once a step has shown a gradient, nothing more is computed for this.
+
     Args:
         student: the network to train.
         teacher: the network to learn from; None trains the student alone.
@@ -134,10 +143,11 @@ class Distiller(nn.Module):
         self._teacher: list[nn.Module] = [] if teacher is None else [freeze(teacher)]
         self.teacher_dtype = teacher_dtype
         self._labels_checked = False
-        self.student_layers = {name: _layer(student, term.student, term.loss) for name, term in terms.items()}
-        self.teacher_layers = {name: _layer(self._teacher[0], term.teacher, term.loss) for name, term in terms.items()}
+        self._silent_steps = {name: 0 for name, weight in self.weights.items() if weight != 0}
+        self.student_layers = {name: resolve_layers(student, t.student, t.loss) for name, t in terms.items()}
+        self.teacher_layers = {name: resolve_layers(self._teacher[0], t.teacher, t.loss) for name, t in terms.items()}
         for model, layers in ((student, self.student_layers), *((t, self.teacher_layers) for t in self._teacher)):
-            Taps(model, list(dict.fromkeys(layers.values())))  # a layer that does not exist is an error here already
+            Taps(model, tap_names(layers.values()))  # a layer that does not exist is an error here already
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -160,13 +170,13 @@ class Distiller(nn.Module):
 
         Raises:
             GSKDError: labels of another shape, dtype or (looked at in the first call, as it waits for the device) with
-                values that are no class; student and teacher with different numbers of classes; whatever taps and
-                losses refuse.
+                values that are no class; student and teacher with different numbers of classes; a term without a
+                gradient; whatever taps and losses refuse.
         """
         if labels.dim() != 3 or labels.dtype != torch.int64 or len(labels) != len(images):
             found = f"{tuple(labels.shape)} {labels.dtype}"
             raise GSKDError(f"labels: expected ({len(images)}, H, W) int64, got {found}")
-        with Taps(self.student, list(dict.fromkeys(self.student_layers.values()))) as student_taps:
+        with Taps(self.student, tap_names(self.student_layers.values())) as student_taps:
             logits = logits_of(self.student(images))
         if not self._labels_checked:
             _check_labels(labels, logits.shape[1])
@@ -185,10 +195,32 @@ class Distiller(nn.Module):
                 )
             pixels = Pixels(labels, teacher_logits)
             for name, loss in self.losses.items():
-                raw = loss(student_taps[self.student_layers[name]], teacher_taps[self.teacher_layers[name]], pixels)
+                maps = _read(student_taps, self.student_layers[name])
+                raw = loss(maps, _read(teacher_taps, self.teacher_layers[name]), pixels)
+                if name in self._silent_steps and torch.is_grad_enabled():
+                    self._listen(name, raw, maps)
                 losses.append(self.weights[name] * raw)
                 terms[name] = TermValue(raw.detach(), losses[-1].detach())
         return Distillation(torch.stack(losses).sum(), terms, logits)
+
+    def _listen(self, name: str, raw: Tensor, maps: Tensor | list[Tensor]) -> None:
+        """Looks whether the term moves what it reads of the student, until it has once."""
+        read = [one for one in ([maps] if isinstance(maps, Tensor) else maps) if one.requires_grad]
+        heard = torch.zeros((), dtype=torch.int64, device=raw.device)
+        if read and raw.requires_grad:
+            gradients = torch.autograd.grad(raw, read, retain_graph=True, allow_unused=True)
+            for gradient in gradients:
+                if gradient is not None:
+                    heard |= gradient.ne(0).any()
+        if sum_over_processes(heard).item():
+            del self._silent_steps[name]
+            return
+        self._silent_steps[name] += 1
+        if self._silent_steps[name] >= _PATIENCE:
+            raise GSKDError(
+                f"term {name!r}: its gradient to the student's {self.student_layers[name]!r} was zero in all of the"
+                f" first {_PATIENCE} steps: it teaches nothing. Is the layer trained, and does it see labelled pixels?"
+            )
 
     @torch.no_grad()
     def _teach(self, images: Tensor) -> tuple[Tensor, Taps]:
@@ -199,7 +231,7 @@ class Distiller(nn.Module):
             dtype = torch.get_autocast_dtype(kind)
         with (
             torch.autocast(kind, dtype=dtype, enabled=enabled),
-            Taps(teacher, list(dict.fromkeys(self.teacher_layers.values()))) as taps,
+            Taps(teacher, tap_names(self.teacher_layers.values())) as taps,
         ):
             return logits_of(teacher(images)), taps
 
@@ -212,5 +244,25 @@ def _check_labels(labels: Tensor, classes: int) -> None:
         )
 
 
-def _layer(model: nn.Module, name: str, loss: nn.Module) -> str:
-    return auto_tap(model, getattr(loss, "inputs", "features")) if name == "auto" else name
+def resolve_layers(model: nn.Module, names: str | Sequence[str], loss: nn.Module | type[nn.Module]) -> Layers:
+    """What a term's layers stand for: ``"auto"`` is chosen by what the loss takes, names stay.
+
+    Raises:
+        GSKDError: there is no automatic choice for this model, or it is no name and no sequence of names.
+    """
+    if names == "auto":
+        return auto_tap(model, getattr(loss, "inputs", "features"))
+    if isinstance(names, str):
+        return names
+    if isinstance(names, Sequence) and names and all(isinstance(name, str) for name in names):
+        return tuple(names)
+    raise GSKDError(f"layers: expected a name or a list of names, got {names!r}")
+
+
+def tap_names(layers: Iterable[Layers]) -> list[str]:
+    """All taps of several terms, each once."""
+    return list(dict.fromkeys(name for one in layers for name in ((one,) if isinstance(one, str) else one)))
+
+
+def _read(taps: Taps, layers: Layers) -> Tensor | list[Tensor]:
+    return taps[layers] if isinstance(layers, str) else [taps[name] for name in layers]

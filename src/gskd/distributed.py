@@ -86,3 +86,12 @@ def gather_with_grad(tensor: Tensor) -> Tensor:
         that every process computes on the whole gathered batch trains as it would on one process.
     """
     return tensor if world_size() == 1 else cast(Tensor, _AllGather.apply(tensor))  # type: ignore[no-untyped-call]
+
+
+def sum_with_grad(tensor: Tensor) -> Tensor:
+    """As ``sum_over_processes``, with gradient: the same rule as ``gather_with_grad``.
+
+    Args:
+        tensor: any shape, the same on every process.
+    """
+    return tensor if world_size() == 1 else gather_with_grad(tensor.unsqueeze(0)).sum(dim=0)

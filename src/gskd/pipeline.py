@@ -15,7 +15,7 @@ from torch import nn
 from gskd.checkpoint import write_text
 from gskd.data import SegmentationDataset
 from gskd.data.datasets import Cached, open_dataset
-from gskd.distiller import Distiller, Term
+from gskd.distiller import Distiller, Layers, Term, resolve_layers, tap_names
 from gskd.errors import GSKDError, near_names
 from gskd.evaluation import evaluate
 from gskd.losses import LOSSES
@@ -24,7 +24,7 @@ from gskd.models import build_model, check_classes, count_parameters, load_weigh
 from gskd.progress import Progress
 from gskd.recipe import ModelRecipe, Recipe, TeacherRecipe, TermRecipe
 from gskd.run import Run, autocast_dtype, inference_of, without_pretraining
-from gskd.taps import auto_tap, channels
+from gskd.taps import channels
 from gskd.trainer import build_accelerator, fit
 
 
@@ -85,7 +85,7 @@ def train_model(
     if distill:
         assert recipe.teacher is not None
         teacher, teacher_model = _build_teacher(recipe.teacher, train_data, recipe.augment.crop)
-        terms = _build_terms(recipe.terms, student, teacher, recipe.augment.crop)
+        terms = _build_terms(recipe.terms, student, teacher, len(train_data.classes), recipe.augment.crop)
         precision = recipe.teacher.precision
         distiller = Distiller(
             student, teacher, terms, teacher_dtype=autocast_dtype(precision) if precision is not None else None
@@ -206,21 +206,21 @@ def _build_teacher(
 
 
 def _build_terms(
-    specs: dict[str, TermRecipe], student: nn.Module, teacher: nn.Module, size: Sequence[int]
+    specs: dict[str, TermRecipe], student: nn.Module, teacher: nn.Module, num_classes: int, size: Sequence[int]
 ) -> dict[str, Term]:
-    loss_types: dict[str, Any] = {}
-    layers: dict[str, dict[str, str]] = {"student": {}, "teacher": {}}
+    loss_types: dict[str, type[nn.Module]] = {}
+    layers: dict[str, dict[str, Layers]] = {"student": {}, "teacher": {}}
     for name, spec in specs.items():
         kind = spec.loss or name
         if kind not in LOSSES:
             raise GSKDError(f"terms.{name}: unknown loss {kind!r}{near_names(kind, LOSSES)}")
         loss_types[name] = LOSSES[kind]
-        for side, model, layer in (("student", student, spec.student), ("teacher", teacher, spec.teacher)):
-            layers[side][name] = auto_tap(model, loss_types[name].inputs) if layer == "auto" else layer
+        for side, model, given in (("student", student, spec.student), ("teacher", teacher, spec.teacher)):
+            layers[side][name] = resolve_layers(model, given, loss_types[name])
     # Also where no loss asks for a width: a layer that never fires is found now and not in the first step.
     example = torch.zeros(1, 3, *size)
     shapes = {
-        side: channels(model, list(dict.fromkeys(layers[side].values())), example)
+        side: channels(model, tap_names(layers[side].values()), example)
         for side, model in {"student": student, "teacher": teacher}.items()
     }
     terms = {}
@@ -229,8 +229,12 @@ def _build_terms(
         for argument in spec.args:
             if argument not in known:
                 raise GSKDError(f"terms.{name}.args: no argument {argument!r}{near_names(argument, known)}")
-        widths = {f"{side}_channels": shapes[side][layers[side][name]][1] for side in layers}
-        args = {key: width for key, width in widths.items() if key in known} | spec.args
+        filled: dict[str, Any] = {"num_classes": num_classes}
+        for side in layers:
+            layer = layers[side][name]
+            if isinstance(layer, str):
+                filled[f"{side}_channels"] = shapes[side][layer][1]
+        args = {key: value for key, value in filled.items() if key in known} | spec.args
         try:
             loss = loss_types[name](**args)
         except TypeError as error:

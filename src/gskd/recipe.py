@@ -275,6 +275,10 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for name, term in recipe.terms.items():
         if term.weight < 0:
             yield f"terms.{name}.weight", f"expected 0 or more, got {term.weight}"
+        for side, given in (("student", term.student), ("teacher", term.teacher)):
+            several = isinstance(given, list) and given and all(isinstance(layer, str) for layer in given)
+            if not (several or isinstance(given, str)):
+                yield f"terms.{name}.{side}", f"expected the name of a layer or a list of names, got {given!r}"
     models = {"model": recipe.model}
     if recipe.teacher is not None:
         if (recipe.teacher.run is None) == (recipe.teacher.model is None):

@@ -102,9 +102,10 @@ class TermRecipe:
     weight: float = 1.0
     loss: str | None = None
     """Name of the loss; by default the term's own name, so that the same loss can stand twice under two names."""
-    student: str = "auto"
-    teacher: str = "auto"
-    """Layers to read, by dotted name; `logits` is the output; `auto` chooses for known families of models."""
+    student: Any = "auto"
+    teacher: Any = "auto"
+    """Layers to read, by dotted name; `logits` is the output; `auto` chooses for known families of models. A list of
+    names for a loss that compares layers (psd)."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the loss."""
 

@@ -236,8 +236,11 @@ def channels(model: nn.Module, names: Sequence[str], example: Tensor) -> dict[st
     return shapes
 
 
-def auto_tap(model: nn.Module, kind: Literal["features", "logits"]) -> str:
+def auto_tap(model: nn.Module, kind: Literal["features", "logits", "levels"]) -> str | tuple[str, ...]:
     """What the tap "auto" stands for: the last features before the classifier, or the logits as small as they come.
+
+    "levels" are several stages of the encoder, from the first to the last: the last three of
+    segmentation_models_pytorch, ``backbone.layer2`` to ``layer4`` of torchvision's ResNets.
 
     In torchvision and transformers heads the features are taken before the dropout that precedes the classifier: in
     training it would be noise that no teacher has. A decoder of segmentation_models_pytorch is taken whole.
@@ -252,7 +255,7 @@ def auto_tap(model: nn.Module, kind: Literal["features", "logits"]) -> str:
     ============================================  ====================================  ==========================
 
     Raises:
-        GSKDError: features of a model that is not known here.
+        GSKDError: features or levels of a model that is not known here.
     """
     root = _unwrap(model)
     family = {f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in type(root).__mro__}
@@ -262,9 +265,17 @@ def auto_tap(model: nn.Module, kind: Literal["features", "logits"]) -> str:
         if "segmentation_models_pytorch.SegmentationModel" in family and isinstance(head, nn.Sequential):
             return "segmentation_head.0" if isinstance(next(iter(head), None), nn.Conv2d) else LOGITS
         return LOGITS
-    if "segmentation_models_pytorch.SegmentationModel" in family and "decoder" in children:
+    if kind == "levels":
+        if "segmentation_models_pytorch.SegmentationModel" in family and "encoder" in children:
+            return "encoder[-3]", "encoder[-2]", "encoder[-1]"
+        stages = tuple(f"backbone.layer{stage}" for stage in (2, 3, 4))
+        if set(stages) <= _named(root).keys():
+            return stages
+    elif "segmentation_models_pytorch.SegmentationModel" in family and "decoder" in children:
         return "decoder"
-    if family & {"torchvision.DeepLabV3", "torchvision.FCN"}:
+    if kind == "levels":
+        head_name = ""
+    elif family & {"torchvision.DeepLabV3", "torchvision.FCN"}:
         head_name = "classifier"
     elif "transformers.SegformerForSemanticSegmentation" in family:
         head_name = "decode_head"
@@ -275,7 +286,7 @@ def auto_tap(model: nn.Module, kind: Literal["features", "logits"]) -> str:
         return f"{head_name}.{last}"
     likely = ", ".join(repr(name) for name in _candidates(root)[:6])
     raise GSKDError(
-        f"{type(root).__name__}: no automatic features layer is known for this model, expected a layer name"
+        f"{type(root).__name__}: no automatic {kind} layer is known for this model, expected a layer name"
         + (f", for example {likely}" if likely else "")
     )
 

@@ -7,8 +7,8 @@ from torch.autograd import gradcheck
 
 from gskd import GSKDError
 from gskd.losses import GSKDLoss, Pixels, gskd_loss
+from gskd.losses._match import PointProjector
 from gskd.losses.gskd import (
-    PointProjector,
     class_balanced_sample,
     group_columns,
     random_row_permutation,

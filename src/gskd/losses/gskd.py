@@ -13,18 +13,17 @@ from __future__ import annotations
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gskd.distributed import mean_over_processes
 from gskd.errors import GSKDError, near_names
+from gskd.losses._match import PointProjector, require_count, require_flag, require_positive
 from gskd.losses._pixels import Pixels, promote, require_maps, require_pair
 from gskd.losses._sampling import POLICIES, Policy, SampledPoints, class_balanced_sample, read_points
 
 __all__ = [
     "ColumnGroups",
     "GSKDLoss",
-    "PointProjector",
     "SampledPoints",
     "class_balanced_sample",
     "group_columns",
@@ -176,54 +175,6 @@ def gskd_loss(
         return mean_over_processes(total, valid.any(dim=1).sum())
 
 
-class PointProjector(nn.Module):
-    """Linear, batch norm, ReLU, linear on points: conv1x1-BN-ReLU-conv1x1 where only the sampled pixels are needed.
-
-    Batch statistics are those of the valid points of this process. They differ from the convolution's, which would see
-    every pixel: here every class weighs the same.
-
-    Args:
-        in_channels: C of the points.
-        out_channels: hidden and output width.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.enter = nn.Linear(in_channels, out_channels, bias=False)
-        self.weight = nn.Parameter(torch.ones(out_channels))
-        self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.leave = nn.Linear(out_channels, out_channels)
-        self.eps, self.momentum = 1e-5, 0.1
-        self.register_buffer("running_mean", torch.zeros(out_channels))
-        self.register_buffer("running_var", torch.ones(out_channels))
-
-    def forward(self, points: Tensor, valid: Tensor) -> Tensor:
-        """Points (B, M, C) with ``valid`` (B, M) bool -> (B, M, out_channels)."""
-        hidden = self.enter(points.to(self.enter.weight.dtype))
-        mean, variance = self._statistics(hidden, valid) if self.training else (self.running_mean, self.running_var)
-        hidden = (hidden - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
-        projected: Tensor = self.leave(F.relu(hidden))
-        return projected
-
-    def _statistics(self, hidden: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = valid.unsqueeze(2).to(hidden.dtype)
-        count = chosen.sum()
-        mean = (hidden * chosen).sum(dim=(0, 1)) / count.clamp(min=1)
-        variance = ((hidden - mean).square() * chosen).sum(dim=(0, 1)) / count.clamp(min=1)
-        with torch.no_grad():
-            share = self.momentum * (count > 0)  # a batch without points leaves no trace
-            self.running_mean.lerp_(mean, share)
-            self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), share)
-        return mean, variance
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 class GSKDLoss(nn.Module):
     """Global structural knowledge distillation, see ``gskd_loss``.
 
@@ -263,17 +214,14 @@ class GSKDLoss(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if group_size != "classes" and not _is_count(group_size):
-            raise GSKDError(f"group_size: expected 'classes' or an integer >= 1, got {group_size!r}")
-        if not _is_count(samples_per_class):
-            raise GSKDError(f"samples_per_class: expected an integer >= 1, got {samples_per_class!r}")
-        if max_classes is not None and not _is_count(max_classes):
-            raise GSKDError(f"max_classes: expected an integer >= 1 or None, got {max_classes!r}")
-        for name, flag in {"only_correct": only_correct, "projector": projector}.items():
-            if not isinstance(flag, bool):
-                raise GSKDError(f"{name}: expected true or false, got {flag!r}")
-        if not temperature > 0:
-            raise GSKDError(f"temperature: expected a number > 0, got {temperature}")
+        if group_size != "classes":
+            require_count("group_size", group_size, or_else="'classes' or ")
+        require_count("samples_per_class", samples_per_class)
+        if max_classes is not None:
+            require_count("max_classes", max_classes, or_else="None or ")
+        require_flag("only_correct", only_correct)
+        require_flag("projector", projector)
+        require_positive("temperature", temperature)
         if policy not in POLICIES:
             raise GSKDError(f"policy: unknown {policy!r}{near_names(policy, POLICIES)}")
         self.samples_per_class = samples_per_class

@@ -1,0 +1,54 @@
+import torch
+
+from gskd.losses import AdversarialLoss, Pixels
+
+
+def example():
+    labels = torch.randint(0, 3, (2, 9, 12))
+    return torch.randn(2, 3, 9, 12, requires_grad=True), torch.randn(2, 3, 9, 12), Pixels(labels, num_classes=3)
+
+
+def test_the_student_climbs_the_critic_and_the_critic_tells_them_apart():
+    """Trained on one pair, the critic prefers the teacher's map; then the student's, trained against it, gains."""
+    student, teacher, pixels = example()
+    term = AdversarialLoss(3, width=8)
+    optimizer = torch.optim.AdamW(term.parameters(), lr=1e-2)
+
+    def gap():
+        with torch.no_grad():
+            return (term.critic(teacher.softmax(1)) - term.critic(student.softmax(1))).mean().item()
+
+    for _ in range(30):
+        optimizer.zero_grad()
+        term(student.detach(), teacher, pixels).backward()
+        optimizer.step()
+    before = gap()
+    assert before > 0.1
+    for _ in range(10):
+        (gradient,) = torch.autograd.grad(term(student, teacher, pixels), student)
+        student.data -= 50 * gradient
+    assert gap() < before - 0.01
+
+
+def test_each_side_gets_its_own_gradient_only():
+    student, teacher, pixels = example()
+    term = AdversarialLoss(3, width=8, penalty=0.0)
+    term(student, teacher, pixels).backward()
+    scores = term.critic(student.softmax(1))
+    (expected,) = torch.autograd.grad(-scores.mean(), student)
+    torch.testing.assert_close(student.grad, expected)
+    critic = {name: parameter.grad for name, parameter in term.critic.named_parameters() if parameter.grad is not None}
+    term.zero_grad()
+    (term.critic(student.detach().softmax(1)) - term.critic(teacher.softmax(1))).mean().backward()
+    for name, parameter in term.critic.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(critic[name], parameter.grad)
+
+
+def test_the_penalty_holds_the_slope_at_one():
+    """A critic that is linear in the map: its slope over root mean squares is known."""
+    term = AdversarialLoss(3, width=8)
+    weight = torch.randn(3)
+    term.critic.forward = lambda maps: (maps * weight.view(1, 3, 1, 1)).sum(1).mean((1, 2))
+    maps = torch.rand(2, 3, 9, 12)
+    torch.testing.assert_close(term._steepness(maps, 1 - maps), ((weight.norm() - 1) ** 2).expand(2))
