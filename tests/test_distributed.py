@@ -13,7 +13,7 @@ OPTIONS = {  # with nothing drawn at random, as processes draw for themselves
     "gskd": {"samples_per_class": 30, "group_size": 90, "policy": "mask", "projector": True, **WIDTHS},
     "mgd": {**WIDTHS, "mask_ratio": 0.0},
     "afdcd": {**WIDTHS, "mask_ratio": 0.0, "groups": 3, "pool": 1, "patch": 2},
-    "cirkd_memory": {**WIDTHS, "num_classes": 3, "samples_per_class": 30, "pixel_contrast": 2000},
+    "cirkd_memory": {**WIDTHS, "num_classes": 3, "samples_per_class": 30, "pixel_contrast": 6000},
     "adversarial": {"num_classes": 3, "width": 4, "penalty": 0.0},
 }
 

@@ -68,7 +68,7 @@ def test_banks_hold_the_newest_vectors_of_their_own_class(size):
 
 
 def memory_term(**options):
-    sizes = {"pixel_bank": 40, "region_bank": 6, "samples_per_class": 60, "pixel_contrast": 40, "region_contrast": 6}
+    sizes = {"pixel_bank": 40, "region_bank": 6, "samples_per_class": 60, "pixel_contrast": 120, "region_contrast": 18}
     return CIRKDMemoryLoss(4, 5, 3, **(sizes | options))
 
 
@@ -109,7 +109,8 @@ def test_memory_is_bounded_and_saved():
 
 
 def test_contrast_is_drawn_from_what_is_there():
-    term = memory_term(pixel_contrast=5)
+    term = memory_term(pixel_contrast=13)
+    assert term.pixel_contrast == 5  # of each of the three classes
     term.pixels.add(torch.randn(4, 5), torch.tensor([0, 0, 0, 1]))
     drawn, filled = term._draw(term.pixels, 5)
     assert drawn.shape == (15, 5)

@@ -209,8 +209,9 @@ class CIRKDMemoryLoss(nn.Module):
         pixel_bank: pixels kept per class; the published 20000 x 19 x 256 takes 389 MB, the default 1/10 of it.
         region_bank: regions kept per class; 2000 as published.
         samples_per_class: anchors of each class and image, which are also what enters the bank; 16 as published there.
-        pixel_contrast: places per class of the pixel bank compared in one step, drawn at random; 512.
-        region_contrast: likewise of the region bank; 1024 as published, at most.
+        pixel_contrast: places of the pixel bank compared in one step, over all classes in equal parts (rounded up),
+            drawn at random; 4096 as published.
+        region_contrast: likewise of the region bank; 1024 as published.
         temperature: tau, 0.1 as published.
 
     Raises:
@@ -227,7 +228,7 @@ class CIRKDMemoryLoss(nn.Module):
         pixel_bank: int = 2000,
         region_bank: int = 2000,
         samples_per_class: int = 16,
-        pixel_contrast: int = 512,
+        pixel_contrast: int = 4096,
         region_contrast: int = 1024,
         temperature: float = 0.1,
     ) -> None:
@@ -242,8 +243,8 @@ class CIRKDMemoryLoss(nn.Module):
             require_count(name, value)
         require_positive("temperature", temperature)
         self.samples_per_class = samples_per_class
-        self.pixel_contrast = min(pixel_contrast, pixel_bank)
-        self.region_contrast = min(region_contrast, region_bank)
+        self.pixel_contrast = min(-(-pixel_contrast // num_classes), pixel_bank)  # per class
+        self.region_contrast = min(-(-region_contrast // num_classes), region_bank)
         self.temperature = temperature
         self.projector = PointProjector(student_channels, teacher_channels)
         self.pixels = MemoryBank(num_classes, pixel_bank, teacher_channels)
