@@ -139,6 +139,44 @@ def predict_run(
         raise GSKDError(f"predict: {len(unreadable)} of {len(found)} images left out: " + "; ".join(unreadable[:3]))
 
 
+@app.command()
+def compare(
+    comparison: Annotated[
+        str,
+        typer.Argument(metavar="COMPARISON", help="A YAML file, or a shipped one: compare_scenes, compare_camvid_kd, compare_camvid."),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Change the comparison, for example seeds=[0] recipe.data.root=data/camvid recipe.train.steps=500.",
+        ),
+    ] = None,
+    table_only: Annotated[bool, typer.Option("--table", help="Train nothing; table of what is finished.")] = False,
+) -> None:
+    """Train variants of a student on paired seeds and say which differences are real.
+
+    A run that is finished is never done again and an interrupted one continues: call it again with the same
+    comparison. Variants and seeds can be added later. The table is at equal steps and at equal seconds, with
+    differences to the baseline and their 95 % intervals; it is also written as JSON, CSV and figure.
+    """
+    from gskd.comparison import load_comparison, run_grid, write_tables
+    from gskd.progress import Progress
+
+    loaded = load_comparison(comparison, overrides or [])
+
+    failure = None
+    if not table_only:
+        try:
+            run_grid(loaded, Progress(console))
+        except GSKDError as error:
+            failure = error  # what is finished still makes a table
+    if failure is None or any(loaded.output.glob("runs/*/*/result.json")):
+        write_tables(loaded, console)
+    if failure is not None:
+        raise failure
+
+
 @data_app.command("check")
 def check_data(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Read every sample of a recipe's splits: sizes, unreadable files, labels out of range, class shares.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -145,16 +145,30 @@ def evaluate(
     device = next(model.parameters(), torch.zeros(())).device
     confusion = ConfusionMatrix(len(dataset.classes), device)
     mine = range(rank(), len(dataset), world_size())
+    for done, (predicted, label) in enumerate(predictions(model, dataset, inference, mine), 1):
+        confusion.update(predicted, label)
+        if on_progress is not None:
+            on_progress(done, len(mine))
+    return confusion.score()
+
+
+def predictions(
+    model: nn.Module, dataset: SegmentationDataset, inference: Inference, indices: Iterable[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Predicted and true classes, (H, W) integers each, sample by sample.
+
+    The model is in eval mode while this runs and left in the mode it was in.
+
+    Raises:
+        GSKDError: the model gives another number of classes than the dataset has.
+    """
+    device = next(model.parameters(), torch.zeros(())).device
     with eval_mode(model):
-        for done, index in enumerate(mine, 1):
+        for index in indices:
             sample = dataset[index]
-            image = torch.from_numpy(sample.image).to(device).permute(2, 0, 1)
-            scores = predict(model, image, inference)
+            scores = predict(model, torch.from_numpy(sample.image).to(device).permute(2, 0, 1), inference)
             if len(scores) != len(dataset.classes):
                 raise GSKDError(
                     f"{type(model).__name__}: gives {len(scores)} classes; expected the data's {len(dataset.classes)}"
                 )
-            confusion.update(scores.argmax(0), torch.from_numpy(sample.label).to(device))
-            if on_progress is not None:
-                on_progress(done, len(mine))
-    return confusion.score()
+            yield scores.argmax(0), torch.from_numpy(sample.label).to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -48,7 +49,7 @@ def train_model(
 
     Returns:
         The content of ``result.json``: scores of the best and the last weights on the val and (where named) test split,
-        the teacher's own scores, parameters and seconds.
+        the teacher's own scores, parameters, seconds and peak memory.
 
     Raises:
         GSKDError: anything in recipe, data, models or run folder that the user must put right. Found before the run
@@ -72,7 +73,7 @@ def train_model(
     progress.enabled = progress.enabled and accelerator.is_main_process
     if resume and run.result.is_file():  # written last
         progress.say(f"{run.path}: is finished; nothing is left to do")
-        return _read_result(run)
+        return run.read_result()
     splits = {
         name: open_split(recipe, name)
         for name in dict.fromkeys([recipe.data.train, recipe.data.val, recipe.data.test])
@@ -127,6 +128,7 @@ def train_model(
         "best_step": run.best_step(),
         "parameters": count_parameters(student),
         "seconds": seconds,
+        "peak_memory_gib": _peak_memory(),
         "teacher": teacher_score and {recipe.data.val: teacher_score.to_dict(val_data.classes)},
     }
     if accelerator.is_main_process:
@@ -135,12 +137,16 @@ def train_model(
     return result
 
 
-def _read_result(run: Run) -> dict[str, Any]:
+def _peak_memory() -> float | None:
+    """GiB at the highest: of CUDA where it is used, else of this process; None where the system does not tell."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return float(torch.cuda.max_memory_allocated() / 2**30)
     try:
-        result: dict[str, Any] = json.loads(run.result.read_text(encoding="utf-8"))
-        return result
-    except (OSError, ValueError) as error:
-        raise GSKDError(f"run {run.path}: result.json cannot be read: {error}") from None
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _final_scores(

@@ -48,7 +48,9 @@ __all__ = [
     "TrainRecipe",
     "dump_recipe",
     "load_recipe",
+    "load_tree",
     "parse_recipe",
+    "set_value",
 ]
 
 
@@ -62,22 +64,34 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         GSKDError: the file cannot be read, or anything in it or in the overrides does not fit; every mistake is named.
     """
+    return parse_recipe(load_tree(path), overrides, source=f"recipe {path}")
+
+
+def load_tree(path: str | Path, kind: str = "recipe") -> Any:
+    """The plain values of a YAML file, or of one shipped with the package by its name, unchecked.
+
+    Args:
+        path: the file or the name.
+        kind: what it should be, for the error: "recipe" or "comparison".
+
+    Raises:
+        GSKDError: it cannot be read.
+    """
     shipped = {file.stem: file for file in (Path(__file__).parent / "recipes").glob("*.yaml")}
     file = Path(path)
     if not file.is_file():
         if str(path) not in shipped:
             near = near_names(str(path), shipped)
-            raise GSKDError(f"recipe {path}: no such file, and no recipe of this name is shipped{near}")
+            raise GSKDError(f"{kind} {path}: no such file, and no {kind} of this name is shipped{near}")
         file = shipped[str(path)]
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise GSKDError(f"recipe {path}: cannot be read: {_reason(error)}") from None
+        raise GSKDError(f"{kind} {path}: cannot be read: {_reason(error)}") from None
     try:
-        tree = _read_yaml(text)
+        return _read_yaml(text)
     except yaml.YAMLError as error:
-        raise GSKDError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return parse_recipe(tree, overrides, source=f"recipe {path}")
+        raise GSKDError(f"{kind} {path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def parse_recipe(tree: Any, overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
@@ -88,16 +102,10 @@ def parse_recipe(tree: Any, overrides: Sequence[str] = (), source: str = "recipe
     mistakes: list[str] = []
     tree = _copy(tree)
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            mistakes.append(f"override {override!r}: expected key=value")
-            continue
         try:
-            _set(tree, key.split("."), _read_yaml(value))
-        except yaml.YAMLError as error:
-            mistakes.append(f"override {override!r}: the value is not valid YAML: {' '.join(str(error).split())}")
-        except TypeError:
-            mistakes.append(f"override {override!r}: {key.rsplit('.', 1)[0]} holds a value, not further keys")
+            set_value(tree, override)
+        except GSKDError as error:
+            mistakes.append(str(error))
     misfits: dict[str, str] = {}
     cleaned = _check(tree, Recipe, "", misfits)
     recipe: Recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), cleaned))  # type: ignore[assignment]
@@ -109,6 +117,23 @@ def parse_recipe(tree: Any, overrides: Sequence[str] = (), source: str = "recipe
     if mistakes:
         raise GSKDError(f"{source}: " + "; ".join(mistakes))
     return recipe
+
+
+def set_value(tree: dict[str, Any], override: str) -> None:
+    """Puts a ``dotted.key=value`` into a tree, the value read as YAML.
+
+    Raises:
+        GSKDError: it is not of that form, or the key leads through a value.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise GSKDError(f"override {override!r}: expected key=value")
+    try:
+        _set(tree, key.split("."), _read_yaml(value))
+    except yaml.YAMLError as error:
+        raise GSKDError(f"override {override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+    except TypeError:
+        raise GSKDError(f"override {override!r}: {key.rsplit('.', 1)[0]} holds a value, not further keys") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -137,6 +137,23 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise GSKDError(f"run {self.path}: run.json cannot be read: {error}") from None
 
+    def read_result(self) -> dict[str, Any]:
+        """The content of ``result.json``."""
+        try:
+            result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
+            return result
+        except (OSError, ValueError) as error:
+            raise GSKDError(f"run {self.path}: result.json cannot be read: {error}") from None
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; one that a kill cut short is left out."""
+        lines = []
+        if self.metrics.is_file():
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):
+                    lines.append(json.loads(line))
+        return lines
+
     def check_classes(self, data: SegmentationDataset, where: str = "run") -> None:
         """Raises `GSKDError` unless the data has the classes, in the order, that the run was trained on."""
         theirs, ours = self.info()["classes"], list(data.classes)

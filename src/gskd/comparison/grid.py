@@ -1,0 +1,204 @@
+"""The runs of a comparison, several at a time, each in a process of its own (comparison -> run folders).
+
+A run that is finished is never done again; one that was interrupted continues. What a run is follows from the recipe
+in its folder alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from gskd.checkpoint import write_text
+from gskd.comparison.recipe import Comparison, Variant
+from gskd.errors import GSKDError
+from gskd.progress import Progress
+from gskd.recipe import Recipe, dump_recipe
+from gskd.run import Run
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    title: str
+    run: Run
+    recipe: Recipe
+    distils: bool
+
+    @property
+    def finished(self) -> bool:
+        """Whether its result is there."""
+        return self.run.result.is_file()
+
+
+def equal_steps_cell(comparison: Comparison, variant: Variant, seed: int) -> Cell:
+    """The run of a variant and a seed for the recipe's own number of steps."""
+    folder = comparison.output / "runs" / variant.name / f"seed-{seed}"
+    return Cell(f"{variant.name} seed {seed}", Run(folder), variant.at(seed, folder), variant.distils)
+
+
+def equal_seconds_cell(comparison: Comparison, variant: Variant, seed: int) -> Cell | None:
+    """The run for as many steps as fit into everybody's seconds; None where this is not asked for or known yet.
+
+    The variant that sets the seconds is not trained again: its first run is the one.
+    """
+    budget = seconds_budget(comparison)
+    pace = seconds_per_step(comparison, variant)
+    if budget is None or pace is None:
+        return None
+    steps = max(1, round(budget / pace))
+    if abs(steps - variant.recipe.train.steps) <= 0.01 * variant.recipe.train.steps:
+        return equal_steps_cell(comparison, variant, seed)
+    folder = comparison.output / "runs" / variant.name / f"seed-{seed}-steps-{steps}"
+    return Cell(
+        f"{variant.name} seed {seed}, {steps} steps", Run(folder), variant.at(seed, folder, steps), variant.distils
+    )
+
+
+def seconds_per_step(comparison: Comparison, variant: Variant) -> float | None:
+    """Mean over the variant's finished runs; None before the first."""
+    cells = [equal_steps_cell(comparison, variant, seed) for seed in variant.seeds]
+    paces = [cell.run.read_result()["seconds"] / cell.recipe.train.steps for cell in cells if cell.finished]
+    return sum(paces) / len(paces) if paces else None
+
+
+def seconds_budget(comparison: Comparison) -> float | None:
+    """The seconds of training that everybody gets; None where it is "off", or before all runs are finished."""
+    if comparison.equal_seconds == "off":
+        return None
+    seconds = {}
+    for variant in comparison.variants:
+        pace = seconds_per_step(comparison, variant)
+        if pace is None or not all(equal_steps_cell(comparison, variant, seed).finished for seed in variant.seeds):
+            return None
+        seconds[variant.name] = pace * variant.recipe.train.steps
+    return max(seconds.values()) if comparison.equal_seconds == "slowest" else seconds[comparison.baseline]
+
+
+def run_grid(comparison: Comparison, progress: Progress) -> None:
+    """Makes every run that is missing: the teacher, then all variants and seeds, then those at equal seconds.
+
+    Args:
+        comparison: from ``load_comparison``.
+        progress: where a line for each run goes.
+
+    Raises:
+        GSKDError: runs that failed, after all others were made; or another process works on the same comparison.
+    """
+    with _lock(comparison.output):
+        if comparison.teacher is not None:
+            teacher = Cell("teacher", Run(comparison.output / "teacher"), comparison.teacher, distils=False)
+            _make([teacher], 1, None, progress)
+        slots, threads = _slots(comparison)
+        seeds = list(dict.fromkeys(seed for variant in comparison.variants for seed in variant.seeds))
+        # Seed by seed: an interrupted grid has whole comparisons of some seeds, not all seeds of some variants.
+        pairs = [(variant, seed) for seed in seeds for variant in comparison.variants if seed in variant.seeds]
+        _make([equal_steps_cell(comparison, *pair) for pair in pairs], slots, threads, progress)
+        second = [cell for pair in pairs if (cell := equal_seconds_cell(comparison, *pair)) is not None]
+        _make(second, slots, threads, progress)
+
+
+def _slots(comparison: Comparison) -> tuple[int, int | None]:
+    """Runs at a time, and CPU threads of each: a GPU each where there are any, else a core each."""
+    if torch.cuda.is_available():
+        return comparison.parallel or torch.cuda.device_count(), None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = {variant.recipe.train.threads for variant in comparison.variants}
+    slots = comparison.parallel or max(1, cores // max((threads or 1) for threads in wanted))
+    return slots, max(1, cores // slots)
+
+
+def _make(cells: list[Cell], slots: int, threads: int | None, progress: Progress) -> None:
+    """Runs what is not finished, ``slots`` at a time."""
+    waiting = [cell for cell in cells if not cell.finished]
+    if len(cells) > len(waiting):
+        progress.say(f"{len(cells) - len(waiting)} of {len(cells)} runs are finished already")
+    free, working, failed = list(range(slots)), dict[int, tuple[Cell, "subprocess.Popen[bytes]", float]](), list[str]()
+    try:
+        while waiting or working:
+            while waiting and free:
+                slot, cell = free.pop(0), waiting.pop(0)
+                working[slot] = (cell, _start(cell, slot, threads), time.monotonic())
+                progress.say(f"begun: {cell.title} ({len(waiting)} wait), log {_log(cell)}")
+            time.sleep(0.1)
+            for slot, (cell, process, begun) in list(working.items()):
+                if process.poll() is None:
+                    continue
+                del working[slot]
+                free.append(slot)
+                minutes = (time.monotonic() - begun) / 60
+                if process.returncode == 0 and cell.finished:
+                    progress.say(f"done: {cell.title} in {minutes:.1f} min, {_scores(cell)}")
+                else:
+                    failed.append(f"{cell.title}: {_last_line(_log(cell)) or f'exit code {process.returncode}'}")
+                    progress.say(f"failed: {failed[-1]}")
+    finally:
+        for _, process, _ in working.values():
+            process.terminate()
+        for _, process, _ in working.values():
+            process.wait()
+    if failed:
+        raise GSKDError(f"compare: {len(failed)} of {len(cells)} runs failed: " + "; ".join(failed[:3]))
+
+
+def _start(cell: Cell, slot: int, threads: int | None) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    recipe = cell.recipe
+    if torch.cuda.is_available():
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(
+            ","
+        )
+        environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+    elif threads is not None:
+        recipe = replace(recipe, train=replace(recipe.train, threads=recipe.train.threads or threads))
+        environment["OMP_NUM_THREADS"] = str(recipe.train.threads)
+    cell.run.path.parent.mkdir(parents=True, exist_ok=True)
+    written = cell.run.path.with_name(cell.run.path.name + ".yaml")
+    write_text(written, dump_recipe(recipe))
+    command = [sys.executable, "-m", "gskd.cli", "distill" if cell.distils else "train", str(written), "--resume"]
+    with open(_log(cell), "ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def _log(cell: Cell) -> Path:
+    return cell.run.path.with_name(cell.run.path.name + ".log")
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
+
+
+def _scores(cell: Cell) -> str:
+    best = cell.run.read_result()["best"]
+    return ", ".join(f"{split} mIoU {100 * (score['miou'] or 0):.2f}" for split, score in best.items())
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[IO[str]]:
+    """One process at a time: two would train the same run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 (held while the grid runs)
+    except OSError as error:
+        raise GSKDError(f"output {folder}: cannot be written: {error.strerror or error}") from None
+    with lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # Windows has none; two at a time are then the user's to avoid
+        except OSError:
+            raise GSKDError(f"output {folder}: another gskd compare works on it") from None
+        yield lock

@@ -1,0 +1,304 @@
+"""What a comparison found, from its run folders: a table for people, CSV and JSON, and a figure (run folders -> files).
+
+::
+
+    results.json    everything: seeds, splits, classes, intervals, hardware
+    results.csv     one line per variant and round
+    results.png     test mIoU against seconds of training
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gskd.checkpoint import write_text
+from gskd.comparison.grid import Cell, equal_seconds_cell, equal_steps_cell, seconds_budget
+from gskd.comparison.recipe import Comparison
+from gskd.comparison.statistics import Difference, class_iou, image_counts, mean_iou, paired_difference
+from gskd.errors import GSKDError
+from gskd.pipeline import open_split
+from gskd.progress import Progress
+from gskd.run import device_of, inference_of
+
+RARE_SHARE = 0.01
+"""A class is rare with less than this share of the labelled pixels of the split that is compared."""
+
+
+def write_tables(comparison: Comparison, console: Console) -> dict[str, Any]:
+    """Prints the table of what is finished, and writes ``results.json``, ``results.csv`` and ``results.png``.
+
+    Differences to the baseline are on the recipe's test split, else on val; see `paired_difference`.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        GSKDError: no run is finished, or a run folder cannot be read.
+    """
+    rows = []
+    rounds = {"steps": equal_steps_cell, "seconds": equal_seconds_cell}
+    with Progress(console) as progress:
+        for round_, cell_of in rounds.items():
+            cells = {
+                variant.name: {
+                    seed: cell
+                    for seed in variant.seeds
+                    if (cell := cell_of(comparison, variant, seed)) is not None and cell.finished
+                }
+                for variant in comparison.variants
+            }
+            rows += [
+                _row(name, round_, mine, cells[comparison.baseline], progress) for name, mine in cells.items() if mine
+            ]
+    if not rows:
+        raise GSKDError(f"output {comparison.output}: holds no finished run yet")
+    first = next(
+        cell
+        for variant in comparison.variants
+        for seed in variant.seeds
+        if (cell := equal_steps_cell(comparison, variant, seed)).finished
+    )
+    results = {
+        "baseline": comparison.baseline,
+        "compared_on": _compared(first),
+        "rare_below_share": RARE_SHARE,
+        "seconds_budget": seconds_budget(comparison),
+        "teacher": _teacher(comparison),
+        "environment": first.run.info()["environment"],
+        "rows": rows,
+    }
+    write_text(comparison.output / "results.json", json.dumps(results, indent=1))
+    write_text(comparison.output / "results.csv", _csv(rows))
+    _figure(rows, comparison.output / "results.png")
+    console.print(_table(results))
+    for file in ("results.json", "results.csv", "results.png"):
+        console.print(str(comparison.output / file), markup=False, soft_wrap=True)
+    return results
+
+
+def _compared(cell: Cell) -> str:
+    return cell.recipe.data.test or cell.recipe.data.val
+
+
+def _counts(cell: Cell, progress: Progress) -> np.ndarray:
+    """Per image and class, of the run's best weights on the split that is compared; kept in the run folder."""
+    split = _compared(cell)
+    kept = cell.run.path / f"counts_{split}.npy"
+    if kept.is_file() and kept.stat().st_mtime >= cell.run.result.stat().st_mtime:
+        with contextlib.suppress(ValueError, OSError):  # a damaged file is made again
+            loaded: np.ndarray = np.load(kept, allow_pickle=False)
+            return loaded
+    data = open_split(cell.recipe, split)
+    model = cell.run.load_model(cell.recipe).to(device_of(cell.recipe))
+    progress.say(f"scoring {cell.title} image by image on {split}")
+    counts = image_counts(model, data, inference_of(cell.recipe))
+    partial = kept.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        np.save(file, counts)
+    partial.replace(kept)
+    return counts
+
+
+def _row(
+    name: str, round_: str, cells: dict[int, Cell], baseline: dict[int, Cell], progress: Progress
+) -> dict[str, Any]:
+    results = {seed: cell.run.read_result() for seed, cell in cells.items()}
+    any_cell = next(iter(cells.values()))
+    split, classes = _compared(any_cell), any_cell.run.info()["classes"]
+    counts = {seed: _counts(cell, progress) for seed, cell in cells.items()}
+    labelled = next(iter(counts.values()))[:, 1].sum(axis=0)
+    rare = labelled < RARE_SHARE * labelled.sum()
+    shared = [seed for seed in cells if seed in baseline]
+    differences: dict[str, Difference] | None = None
+    if shared and baseline[shared[0]].run.path != cells[shared[0]].run.path:
+        mine = np.stack([counts[seed] for seed in shared])
+        theirs = np.stack([_counts(baseline[seed], progress) for seed in shared])
+        differences = {"all": paired_difference(mine, theirs)}
+        if rare.any() and not rare.all():
+            differences["rare"] = paired_difference(mine, theirs, rare)
+            differences["common"] = paired_difference(mine, theirs, ~rare)
+    sums = {seed: count.sum(axis=0) for seed, count in counts.items()}
+    iou = np.stack([class_iou(total) for total in sums.values()])
+    return {
+        "variant": name,
+        "round": round_,
+        "seeds": list(cells),
+        "terms": {term: asdict(spec) for term, spec in any_cell.recipe.terms.items()},
+        "steps": any_cell.recipe.train.steps,
+        "seconds": statistics.mean(result["seconds"] for result in results.values()),
+        "seconds_per_step": statistics.mean(
+            result["seconds"] / cells[seed].recipe.train.steps for seed, result in results.items()
+        ),
+        "peak_memory_gib": _highest(result.get("peak_memory_gib") for result in results.values()),
+        "miou": {
+            **{
+                other: {str(seed): result["best"][other]["miou"] for seed, result in results.items()}
+                for other in results[next(iter(results))]["best"]
+                if other != split
+            },
+            split: {str(seed): float(mean_iou(total)) for seed, total in sums.items()},
+        },
+        "last_quarter_gain": _last_quarter_gain(cells),
+        "iou": {
+            label: None if np.isnan(values).all() else float(np.nanmean(values))
+            for label, values in zip(classes, iou.T, strict=True)
+        },
+        "rare": [label for label, is_rare in zip(classes, rare, strict=True) if is_rare],
+        "difference": differences and {part: asdict(value) for part, value in differences.items()},
+        "difference_seeds": shared if differences else [],
+    }
+
+
+def _last_quarter_gain(cells: dict[int, Cell]) -> float | None:
+    """By how much val mIoU rose in the last quarter of the schedule, mean over seeds; None where it was not scored."""
+    gains = []
+    for cell in cells.values():
+        scores = {line["step"]: line["miou"] for line in cell.run.read_metrics() if "miou" in line}
+        steps = cell.recipe.train.steps
+        early = [step for step in scores if step <= 0.75 * steps]
+        if early and steps in scores and None not in (scores[steps], scores[max(early)]):
+            gains.append(scores[steps] - scores[max(early)])
+    return statistics.mean(gains) if gains else None
+
+
+def _highest(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known else None
+
+
+def _teacher(comparison: Comparison) -> dict[str, Any] | None:
+    for variant in comparison.variants:
+        for seed in variant.seeds:
+            cell = equal_steps_cell(comparison, variant, seed)
+            if cell.finished and (score := cell.run.read_result().get("teacher")):
+                return {split: value["miou"] for split, value in score.items()}
+    return None
+
+
+def _points(value: float | None) -> str:
+    return "-" if value is None or value != value else f"{100 * value:.2f}"
+
+
+def _spread(scores: dict[str, float]) -> str:
+    values = list(scores.values())
+    text = _points(statistics.mean(values))
+    return text + (f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def _interval(difference: dict[str, float] | None) -> str:
+    if not difference:
+        return "-"
+    return f"{100 * difference['mean']:+.2f} [{100 * difference['low']:+.2f}, {100 * difference['high']:+.2f}]"
+
+
+def _cells(row: dict[str, Any], split: str) -> dict[str, str]:
+    """A row of the table as text, by column."""
+    difference = row["difference"] or {}
+    other = [name for name in row["miou"] if name != split]
+    return {
+        "variant": row["variant"],
+        "seeds": str(len(row["seeds"])),
+        "steps": str(row["steps"]),
+        **{f"{name} mIoU": _spread(row["miou"][name]) for name in other},
+        f"{split} mIoU": _spread(row["miou"][split]),
+        "difference [95 %]": _interval(difference.get("all")),
+        "rare classes": _interval(difference.get("rare")),
+        "common classes": _interval(difference.get("common")),
+        "s per step": f"{row['seconds_per_step']:.3f}",
+        "min": f"{row['seconds'] / 60:.1f}",
+        "GiB": "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}",
+    }
+
+
+def _table(results: dict[str, Any]) -> Table:
+    split = results["compared_on"]
+    teacher = results["teacher"]
+    title = f"best weights by val mIoU; difference to {results['baseline']} on {split}, points"
+    if teacher:
+        title += "; teacher " + ", ".join(f"{name} {_points(value)}" for name, value in teacher.items())
+    table = Table(title=escape(title))
+    columns = list(_cells(results["rows"][0], split))
+    for column in columns:
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    headings = {"steps": "equal steps", "seconds": "equal seconds"}
+    for round_, heading in headings.items():
+        rows = [row for row in results["rows"] if row["round"] == round_]
+        if rows:
+            table.add_section()
+            table.add_row(heading, *[""] * (len(columns) - 1), style="bold")
+        for row in rows:
+            table.add_row(*(escape(text) for text in _cells(row, split).values()))
+    return table
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    lines = []
+    for row in rows:
+        line = {
+            key: row[key] for key in ("variant", "round", "steps", "seconds", "seconds_per_step", "peak_memory_gib")
+        }
+        for split, scores in row["miou"].items():
+            line[f"{split}_miou"] = statistics.mean(scores.values())
+            line[f"{split}_miou_sd"] = statistics.stdev(scores.values()) if len(scores) > 1 else None
+        for part in ("all", "rare", "common"):
+            found = (row["difference"] or {}).get(part) or {}
+            line |= {
+                f"difference_{part}{suffix}": found.get(key)
+                for suffix, key in (("", "mean"), ("_low", "low"), ("_high", "high"))
+            }
+        line |= {f"iou_{name}": value for name, value in row["iou"].items()}
+        lines.append(line)
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n", extrasaction="ignore", restval="")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _figure(rows: list[dict[str, Any]], path: Path) -> None:
+    """Score against seconds: equal steps filled, equal seconds hollow; bars are one standard deviation over seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    split = list(rows[0]["miou"])[-1]
+    markers = "osD^v<>pPX*h"
+    for row in rows:
+        scores = [100 * value for value in row["miou"][split].values()]
+        place = names.index(row["variant"])
+        axes.errorbar(
+            row["seconds"] / 60,
+            statistics.mean(scores),
+            yerr=statistics.stdev(scores) if len(scores) > 1 else None,
+            marker=markers[place % len(markers)],
+            color=f"C{place % 10}",
+            markerfacecolor=None if row["round"] == "steps" else "white",
+            linestyle="none",
+            capsize=3,
+            label=row["variant"] + ("" if row["round"] == "steps" else ", equal seconds"),
+        )
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel(f"{split} mIoU, points")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    partial = path.with_suffix(".partial.png")
+    try:
+        figure.savefig(partial, dpi=120)
+        partial.replace(path)
+    except OSError as error:
+        raise GSKDError(f"{path}: cannot be written: {error.strerror or error}") from None

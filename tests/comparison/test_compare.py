@@ -1,0 +1,207 @@
+"""``gskd compare`` through the command line, on runs of a few steps."""
+
+import csv
+import json
+import signal
+import time
+
+import pytest
+import yaml
+
+import helpers
+from gskd.comparison import load_comparison
+
+
+def tree(folder, **changes):
+    """A comparison with its teacher's and student's recipes beside it."""
+    teacher = helpers.write_recipe(folder / "teacher.yaml", folder / "unused", model=helpers.TEACHER_UNET, seed=1)
+    base = helpers.write_recipe(folder / "base.yaml", folder / "unused", terms=helpers.TERMS)
+    return {
+        "output": str(folder / "out"),
+        "teacher": str(teacher),
+        "base": str(base),
+        "recipe": {"data": {"test": "test"}},
+        "seeds": [0, 1],
+        "variants": {
+            "plain": {"terms": {}},
+            "kd": {"terms": {"kd": {"weight": 1}}, "seeds": [0]},
+        },
+        "parallel": 2,
+        **changes,
+    }
+
+
+def write(folder, **changes):
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump(tree(folder, **changes), sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    path = write(folder)
+    process = helpers.spawn("compare", path)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out + err
+    return path, folder / "out", out
+
+
+def test_the_grid_holds_every_run_once(compared):
+    _, output, out = compared
+    runs = {path.parent.relative_to(output).as_posix() for path in output.rglob("recipe.yaml")}
+    assert {"teacher", "runs/plain/seed-0", "runs/plain/seed-1", "runs/kd/seed-0"} <= runs
+    assert all((output / run / "result.json").is_file() for run in runs)
+    assert out.count("begun: ") == len(runs)
+    kinds = {run: json.loads((output / run / "run.json").read_text())["kind"] for run in runs}
+    assert kinds["runs/kd/seed-0"] == "distill"
+    assert kinds["runs/plain/seed-1"] == "train"
+
+
+def test_the_table_is_printed_and_written(compared):
+    _, output, out = compared
+    results = json.loads((output / "results.json").read_text())
+    rows = {(row["variant"], row["round"]): row for row in results["rows"]}
+    plain, kd = rows["plain", "steps"], rows["kd", "steps"]
+    assert (plain["seeds"], kd["seeds"]) == ([0, 1], [0])
+    assert plain["difference"] is None
+    assert kd["difference_seeds"] == [0]
+    for seed in (0, 1):
+        result = json.loads((output / f"runs/plain/seed-{seed}/result.json").read_text())
+        assert plain["miou"]["test"][str(seed)] == pytest.approx(result["best"]["test"]["miou"])
+        assert plain["miou"]["val"][str(seed)] == result["best"]["val"]["miou"]
+    expected = kd["miou"]["test"]["0"] - plain["miou"]["test"]["0"]
+    assert kd["difference"]["all"]["mean"] == pytest.approx(expected)
+    assert kd["difference"]["all"]["low"] <= expected <= kd["difference"]["all"]["high"]
+    assert kd["peak_memory_gib"] > 0.1
+    assert set(results["teacher"]) == {"val"}
+    lines = list(csv.DictReader((output / "results.csv").open()))
+    assert [(line["variant"], line["round"]) for line in lines] == list(rows)
+    assert float(lines[0]["test_miou"]) > 0
+    assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert "equal steps" in out
+    assert "equal seconds" in out
+
+
+def test_everybody_gets_the_seconds_of_the_slowest(compared):
+    _, output, _ = compared
+    results = json.loads((output / "results.json").read_text())
+    rows = {(row["variant"], row["round"]): row for row in results["rows"]}
+    slowest = max(("plain", "kd"), key=lambda name: rows[name, "steps"]["seconds_per_step"])
+    other = {"plain": "kd", "kd": "plain"}[slowest]
+    assert results["seconds_budget"] == pytest.approx(rows[slowest, "steps"]["seconds_per_step"] * helpers.STEPS)
+    steps = round(results["seconds_budget"] / rows[other, "steps"]["seconds_per_step"])
+    assert rows[slowest, "seconds"]["steps"] == helpers.STEPS
+    assert rows[other, "seconds"]["steps"] == steps
+    assert rows[other, "seconds"]["steps"] >= helpers.STEPS
+
+
+def test_pairs_begin_from_the_same_student(compared):
+    _, output, _ = compared
+    first = {
+        name: helpers.steps(output / "runs" / name / "seed-0")[0]["terms"]["task"]["raw"] for name in ("plain", "kd")
+    }
+    assert first["plain"] == first["kd"]
+
+
+def test_a_finished_grid_is_not_made_again_and_can_grow(compared):
+    path, output, _ = compared
+    before = {name: stamp for name, stamp in helpers.snapshot(output / "runs").items() if "counts" not in name}
+    said = helpers.gskd_ok("compare", path, "--table")
+    assert "equal seconds" in said.out
+    added = helpers.gskd_ok("compare", path, "variants.kd.seeds=[0,1]", "equal_seconds=off")
+    assert added.out.count("begun: ") == 1
+    assert "begun: kd seed 1" in added.out
+    after = helpers.snapshot(output / "runs")
+    assert {name: after[name] for name in before} == before
+
+
+def test_an_interrupted_grid_continues(tmp_path):
+    path = write(tmp_path, equal_seconds="off", recipe={"train": {"steps": 12}}, variants={"plain": {"terms": {}}})
+    process = helpers.spawn("compare", path)
+    run = tmp_path / "out" / "runs" / "plain" / "seed-0"
+    deadline = time.monotonic() + 120
+    while not any((run / "checkpoints").glob("step-*")):
+        assert time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    teacher = helpers.snapshot(tmp_path / "out" / "teacher")
+    assert not (tmp_path / "out" / "results.json").exists()
+    said = helpers.gskd_ok("compare", path)
+    assert "begun: teacher" not in said.out
+    assert helpers.snapshot(tmp_path / "out" / "teacher") == teacher
+    assert "resumed at step" in (run.parent / "seed-0.log").read_text()
+    assert [line["step"] for line in helpers.steps(run)] == list(range(1, 13))
+
+
+def test_a_run_that_fails_is_named_after_the_others_are_made(tmp_path):
+    variants = {"plain": {"terms": {}}, "bad": {"terms": {"kd": {"student": "nowhere"}}}}
+    path = write(tmp_path, seeds=[0], variants=variants, equal_seconds="off")
+    outcome = helpers.gskd("compare", path)
+    assert outcome.code == 2
+    assert (
+        "1 of 2 runs failed: bad seed 0: gskd: DeepLab" in outcome.err
+        or "layer 'nowhere' does not exist" in outcome.err
+    )
+    assert "plain" in outcome.out
+    assert (tmp_path / "out" / "results.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sedes": [1]}, "unknown key sedes; did you mean 'seeds'"),
+        ({"base": None}, "base: missing"),
+        ({"base": "scene"}, "no such file"),
+        ({"variants": {"a": {"train": {"stepz": 3}}}}, "variants.a: unknown key train.stepz"),
+        ({"variants": {"a": {"seed": 3}}}, "variants.a.seed: is the comparison's"),
+        ({"variants": {"a/b": {}}}, "expected a name of letters"),
+        ({"variants": {"a": {"terms": {}}}, "baseline": "b"}, "no variant 'b'"),
+        ({"seeds": [1, 1]}, "a seed stands twice"),
+        ({"seeds": "0"}, "seeds: expected a list of whole numbers"),
+        ({"parallel": 0}, "parallel: expected a whole number"),
+        ({"equal_seconds": "fast"}, "equal_seconds: expected one of slowest, baseline, off"),
+        ({"teacher": None}, "neither the comparison nor its base names a teacher"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(tmp_path, changes, message):
+    path = write(tmp_path, **changes)
+    outcome = helpers.gskd("compare", path)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_terms_of_a_variant_replace_those_of_the_base(tmp_path):
+    variants = load_comparison(write(tmp_path)).variants
+    assert [list(variant.recipe.terms) for variant in variants] == [[], ["kd"]]
+    kept = load_comparison(write(tmp_path, variants={"all": {"train": {"lr": 0.5}}})).variants[0]
+    assert set(kept.recipe.terms) == set(helpers.TERMS)
+    assert kept.recipe.train.lr == 0.5
+    assert kept.recipe.train.batch == 4
+
+
+def test_two_at_once_on_one_folder_are_refused(tmp_path):
+    import fcntl
+
+    path = write(tmp_path)
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcome = helpers.gskd("compare", path)
+    assert outcome.code == 2
+    assert "another gskd compare works on it" in outcome.err
+
+
+@pytest.mark.parametrize("name", ["compare_scenes", "compare_camvid_kd", "compare_camvid"])
+def test_shipped_comparisons_are_whole(name):
+    assert load_comparison(name).variants[0].name == "plain"
+
+
+def test_a_table_of_nothing_says_so(tmp_path):
+    outcome = helpers.gskd("compare", write(tmp_path), "--table")
+    assert outcome.code == 2
+    assert "holds no finished run yet" in outcome.err
