@@ -31,6 +31,11 @@ TERMS: dict[str, Any] = {
     "gskd": {"weight": 5, "args": {"samples_per_class": 4}},
     "kd": {"weight": 0.5},
     "mse": {"weight": 2},
+    "memory": {
+        "loss": "cirkd_memory",
+        "weight": 0.1,
+        "args": {"pixel_bank": 8, "region_bank": 5, "samples_per_class": 3, "pixel_contrast": 44},
+    },
 }
 STEPS = 4
 

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from gskd.data.palettes import CAMVID_CLASSES, CAMVID_PALETTE
+from gskd.losses import LOSSES
 from gskd.models import build_model
 from gskd.recipe import load_recipe
 from helpers import (
@@ -56,8 +57,8 @@ def test_metrics_have_every_step_with_raw_and_weighted_terms(tiny):
     assert [record["step"] for record in done] == [1, 2, 3, 4]
     for record in done:
         assert set(record) == {"step", "loss", "terms", "lr", "seconds_per_step", "images_per_s"}
-        assert list(record["terms"]) == ["task", "gskd", "kd", "mse"]
-        for name, weight in {"task": 1, "gskd": 5, "kd": 0.5, "mse": 2}.items():
+        assert list(record["terms"]) == ["task", "gskd", "kd", "mse", "memory"]
+        for name, weight in {"task": 1, "gskd": 5, "kd": 0.5, "mse": 2, "memory": 0.1}.items():
             value = record["terms"][name]
             assert value["weighted"] == pytest.approx(weight * value["raw"], rel=1e-5)
         weighted = [value["weighted"] for value in record["terms"].values()]
@@ -165,6 +166,21 @@ def test_other_settings(tiny, tmp_path, overrides):
             run / "checkpoints/step-00000002/model.safetensors",
             tiny.distilled / "checkpoints/step-00000002/model.safetensors",
         )
+
+
+def test_every_loss_from_a_recipe(tiny, tmp_path):
+    """All at once, at "auto" layers, with widths and class counts filled in; and one twice, on layers of its own."""
+    terms = {name: {"weight": 0.01} for name in LOSSES}
+    terms["cirkd_memory"]["args"] = {"pixel_bank": 5, "region_bank": 5}
+    terms["afdcd"]["args"] = {"groups": 4}
+    terms["early"] = {"loss": "at", "student": "encoder[1]", "teacher": "encoder[1]"}
+    terms["levels"] = {"loss": "psd", "student": ["encoder[1]", "decoder"], "teacher": ["encoder[2]", "decoder"]}
+    run = tmp_path / "run"
+    gskd_ok("distill", tiny.recipe, f"output={run}", "train.steps=2", f"terms={json.dumps(terms)}")
+    logged = steps(run)[-1]["terms"]
+    assert set(logged) == {"task", *terms}
+    silent = [name for name, value in logged.items() if not np.isfinite(value["raw"]) or value["raw"] == 0]
+    assert silent == ["psd"]  # the encoder's last stage has one pixel here: nothing to compare
 
 
 # --- eval, predict, data check ---

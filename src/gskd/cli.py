@@ -143,7 +143,10 @@ def predict_run(
 def compare(
     comparison: Annotated[
         str,
-        typer.Argument(metavar="COMPARISON", help="A YAML file, or a shipped one: compare_scenes, compare_camvid_kd, compare_camvid."),
+        typer.Argument(
+            metavar="COMPARISON",
+            help="A YAML file, or a shipped one: compare_scenes, compare_camvid_kd, compare_camvid.",
+        ),
     ],
     overrides: Annotated[
         list[str] | None,

@@ -165,6 +165,31 @@ def test_compiles_into_one_graph(projector, policy):
     assert student.grad.isfinite().all()
 
 
+def test_one_descriptor_of_the_whole_map():
+    """Without groups, a permutation makes no difference: KL of two softmaxes over all pairs of cosines."""
+    student, teacher = torch.randn(1, 4, 5, 6), torch.randn(1, 3, 5, 6)
+    labels = torch.randint(0, 2, (1, 5, 6))
+    torch.manual_seed(1)
+    got = GSKDLoss(3, group_size="all", only_correct=False)(student, teacher, Pixels(labels, num_classes=2))
+    torch.manual_seed(1)
+    sample = class_balanced_sample(labels, 2, 3)
+    s, t = (structural_similarity_map(read_points(maps, sample.index)).flatten() for maps in (student, teacher))
+    expected = (t.softmax(0) * (t.log_softmax(0) - s.log_softmax(0))).sum()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_uniform_sampling_reads_classes_by_their_share():
+    term = GSKDLoss(sampling="uniform", only_correct=False)
+    student, teacher = torch.randn(2, 4, 5, 6, requires_grad=True), torch.randn(2, 3, 5, 6)
+    labels = torch.zeros(2, 5, 6, dtype=torch.int64)
+    labels[:, 0, 0] = 1
+    labels[:, 3:] = 255
+    term(student, teacher, Pixels(labels, num_classes=4)).backward()
+    read = student.grad.abs().sum(1) > 0
+    assert read.flatten(1).sum(1).tolist() == [16, 16]  # 8 x 2 classes of the 18 labelled pixels, none twice
+    assert not read[:, 3:].any()
+
+
 def test_errors_say_what_is_missing():
     features, labels = torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.int64)
     with pytest.raises(GSKDError, match="no teacher logits"):

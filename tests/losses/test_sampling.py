@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gskd import GSKDError
-from gskd.losses._sampling import class_balanced_sample, read_points
+from gskd.losses._sampling import class_balanced_sample, read_points, uniform_sample
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,3 +120,20 @@ def test_errors_name_what_is_wrong():
         class_balanced_sample(labels, 2, policy="repaet")
     with pytest.raises(GSKDError, match="eligible: expected"):
         class_balanced_sample(labels, 2, eligible=torch.ones(1, 2, 3, dtype=torch.bool))
+
+
+def test_uniform_draws_every_eligible_pixel_equally_often():
+    labels = torch.tensor([[[0, 0, 0, 0, 1, 255]]]).repeat(2000, 1, 1)
+    sample = uniform_sample(labels, 3, 1)
+    assert sample.class_count.unique().tolist() == [2]
+    assert sample.valid.sum(1).unique().tolist() == [2]
+    assert sample.label[~sample.valid].unique().tolist() == [-1]
+    drawn = sample.index[sample.valid].bincount(minlength=6) / 2000
+    assert drawn == pytest.approx(torch.tensor([0.4, 0.4, 0.4, 0.4, 0.4, 0]), abs=0.05)
+    assert torch.equal(sample.label[sample.valid], labels.flatten(1).gather(1, sample.index)[sample.valid])
+
+
+def test_uniform_repeats_where_there_are_fewer_pixels_than_points():
+    sample = uniform_sample(torch.tensor([[[0, 1, 255]], [[255, 255, 255]]]), 2, 3)
+    assert sample.index[0].bincount().tolist() == [3, 3]
+    assert not sample.valid[1].any()

@@ -124,6 +124,33 @@ def class_balanced_sample(
     return SampledPoints(torch.where(valid, index, 0), valid, label, class_count)
 
 
+def uniform_sample(
+    labels: Tensor,
+    num_classes: int,
+    samples_per_class: int = 8,
+    *,
+    eligible: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> SampledPoints:
+    """Draws as many points as ``class_balanced_sample`` would, from all eligible pixels of an image alike.
+
+    What class balance is measured against. Arguments and result as there; an image with fewer eligible pixels than
+    points repeats them evenly.
+    """
+    counted = (labels >= 0) & (labels < num_classes)
+    if eligible is not None:
+        counted &= eligible
+    classes = torch.where(counted, labels, num_classes).flatten(1)
+    present = torch.zeros(labels.shape[0], num_classes + 1, dtype=torch.bool, device=labels.device)
+    class_count = present.scatter(1, classes, True)[:, :num_classes].sum(1)
+    points = num_classes * samples_per_class
+    drawn = class_balanced_sample(torch.zeros_like(labels), 1, points, eligible=counted, generator=generator)
+    turn = torch.arange(points, device=labels.device)
+    valid = drawn.valid & (turn < (class_count * samples_per_class).unsqueeze(1))
+    index = torch.where(valid, drawn.index, 0)
+    return SampledPoints(index, valid, torch.where(valid, labels.flatten(1).gather(1, index), -1), class_count)
+
+
 def _fill(index: Tensor, empty: Tensor, drawn: Tensor, spare: Tensor, generator: torch.Generator | None) -> Tensor:
     """Puts spare pixels, in random order and over again if too few, into the empty places of ``index`` (B, M)."""
     lottery = torch.rand(spare.shape, device=spare.device, generator=generator)

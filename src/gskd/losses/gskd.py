@@ -19,7 +19,14 @@ from gskd.distributed import mean_over_processes
 from gskd.errors import GSKDError, near_names
 from gskd.losses._match import PointProjector, require_count, require_flag, require_positive
 from gskd.losses._pixels import Pixels, promote, require_maps, require_pair
-from gskd.losses._sampling import POLICIES, Policy, SampledPoints, class_balanced_sample, read_points
+from gskd.losses._sampling import (
+    POLICIES,
+    Policy,
+    SampledPoints,
+    class_balanced_sample,
+    read_points,
+    uniform_sample,
+)
 
 __all__ = [
     "ColumnGroups",
@@ -32,6 +39,7 @@ __all__ = [
     "read_points",
     "structural_similarity_map",
     "sub_image_descriptors",
+    "uniform_sample",
 ]
 
 _PADDING = -1e30  # finite, so that a group of padding alone gives a uniform distribution and not NaN
@@ -183,10 +191,12 @@ class GSKDLoss(nn.Module):
 
     Args:
         samples_per_class: N; 8 as published.
-        group_size: S; "classes" as published (the number of classes found in the image, hence G = N), or a fixed
-            number.
+        group_size: S; "classes" as published (the number of classes found in the image, hence G = N), a fixed number,
+            or "all": one descriptor of the whole map, nothing shuffled.
         temperature: tau; 1 as published.
         only_correct: sample only pixels that the teacher classifies correctly; needs ``pixels.teacher_logits``.
+        sampling: "classes" as published, or "uniform": as many points from all eligible pixels alike, so that a class
+            counts by its share of the image.
         policy: for a class with fewer than N pixels, see ``class_balanced_sample``.
         max_classes: the most classes sampled in one image, at random when there are more; bounds M where K is large.
         projector: pass the student's points through ``PointProjector`` first, as the published recipe does.
@@ -203,9 +213,10 @@ class GSKDLoss(nn.Module):
     def __init__(
         self,
         samples_per_class: int = 8,
-        group_size: Literal["classes"] | int = "classes",
+        group_size: Literal["classes", "all"] | int = "classes",
         temperature: float = 1.0,
         only_correct: bool = True,
+        sampling: Literal["classes", "uniform"] = "classes",
         policy: Policy = "repeat",
         max_classes: int | None = None,
         projector: bool = False,
@@ -214,20 +225,24 @@ class GSKDLoss(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if group_size != "classes":
-            require_count("group_size", group_size, or_else="'classes' or ")
+        if group_size not in ("classes", "all"):
+            require_count("group_size", group_size, or_else="'classes', 'all' or ")
         require_count("samples_per_class", samples_per_class)
         if max_classes is not None:
             require_count("max_classes", max_classes, or_else="None or ")
         require_flag("only_correct", only_correct)
         require_flag("projector", projector)
         require_positive("temperature", temperature)
-        if policy not in POLICIES:
-            raise GSKDError(f"policy: unknown {policy!r}{near_names(policy, POLICIES)}")
+        for name, value, known in (("policy", policy, POLICIES), ("sampling", sampling, ("classes", "uniform"))):
+            if value not in known:
+                raise GSKDError(f"{name}: unknown {value!r}{near_names(str(value), known)}")
+        if sampling == "uniform" and max_classes is not None:
+            raise GSKDError("max_classes: means nothing with sampling 'uniform'; expected None")
         self.samples_per_class = samples_per_class
         self.group_size = group_size
         self.temperature = temperature
         self.only_correct = only_correct
+        self.sampling = sampling
         self.policy: Policy = policy
         self.max_classes = max_classes
         self.generator = generator
@@ -246,24 +261,33 @@ class GSKDLoss(nn.Module):
             raise GSKDError("gskd: unknown number of classes, expected Pixels(labels, teacher_logits) or num_classes=K")
         size = (teacher.shape[2], teacher.shape[3])
         with torch.autocast(student.device.type, enabled=False):
-            sample = class_balanced_sample(
-                pixels.labels_at(size),
-                pixels.num_classes,
-                self.samples_per_class,
-                eligible=pixels.teacher_correct_at(size) if self.only_correct else pixels.valid_at(size),
-                policy=self.policy,
-                max_classes=self.max_classes,
-                generator=self.generator,
-            )
+            eligible = pixels.teacher_correct_at(size) if self.only_correct else pixels.valid_at(size)
+            sample = self._sample(pixels.labels_at(size), eligible, pixels.num_classes)
             order = random_row_permutation(sample.valid, self.generator)
             if self.group_size == "classes":
                 slots = sample.index.shape[1] // self.samples_per_class
                 groups = group_columns(order, sample.valid, sample.class_count, (self.samples_per_class, slots))
             else:
-                groups = group_columns(order, sample.valid, self.group_size)
+                width = sample.index.shape[1] if self.group_size == "all" else self.group_size
+                groups = group_columns(order, sample.valid, width)
             target = read_points(teacher.detach(), sample.index)
             points = promote(read_points(student, sample.index, size))
             if self.projector is not None:
                 require_maps("gskd: student", student, channels=self.projector.enter.in_features)
                 points = self.projector(points, sample.valid)
             return gskd_loss(points, target, sample.valid, groups, self.temperature)
+
+    def _sample(self, labels: Tensor, eligible: Tensor, num_classes: int) -> SampledPoints:
+        if self.sampling == "uniform":
+            return uniform_sample(
+                labels, num_classes, self.samples_per_class, eligible=eligible, generator=self.generator
+            )
+        return class_balanced_sample(
+            labels,
+            num_classes,
+            self.samples_per_class,
+            eligible=eligible,
+            policy=self.policy,
+            max_classes=self.max_classes,
+            generator=self.generator,
+        )
