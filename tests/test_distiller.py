@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from gskd import Distiller, GSKDError, GSKDLoss, KDLoss, MSELoss, Term
 from gskd.data import IGNORE
 from gskd.distiller import cross_entropy
-from gskd.losses import ATLoss, PSDLoss
+from gskd.losses import ATLoss, CIRKDMemoryLoss, PSDLoss
 
 
 class Net(nn.Module):
@@ -334,7 +334,7 @@ def test_a_term_that_never_reaches_the_student_stops_the_run(batch, weight):
         distiller(*batch)
     if weight:
         with pytest.raises(
-            GSKDError, match="term 'x': its gradient to the student's 'body' was zero in all of the first 20"
+            GSKDError, match="term 'x': its gradient to the student's 'body' was zero in all of the first 20 passes"
         ):
             distiller(*batch)
     else:
@@ -348,6 +348,31 @@ def test_a_term_that_is_heard_once_is_left_alone(batch):
     distiller.losses["x"].until = 999
     for _ in range(25):
         distiller(*batch)
+
+
+def test_a_gradient_too_small_for_half_precision_is_heard(batch):
+    """The mean over a large map: each entry's gradient is below what fp16 holds, though a loss scaler would save it."""
+
+    class Half(nn.Module):
+        def forward(self, student, teacher, pixels):
+            return (student.half().square().float().mean() * 1e-6).float()
+
+    distiller = Distiller(Net(3), Net(4), {"x": Term(Half(), 1, "body", "body")})
+    for _ in range(25):
+        distiller(*batch)
+
+
+def test_one_map_losses_refuse_several_layers():
+    with pytest.raises(GSKDError, match=r"layers: MSELoss compares one layer of each network, got \['body'\]"):
+        Distiller(Net(3), Net(4), {"mse": Term(MSELoss(3, 4), 1, ["body"], ["body"])})
+
+
+def test_banks_are_not_sent_between_processes():
+    distiller = Distiller(Net(3), Net(4), {"memory": Term(CIRKDMemoryLoss(3, 4, 4), 1, "body", "body")})
+    named = dict(distiller.named_buffers())
+    assert distiller._ddp_params_and_buffers_to_ignore
+    for name in distiller._ddp_params_and_buffers_to_ignore:
+        assert torch.equal(named[name], torch.zeros_like(named[name]))  # the same everywhere before the first step
 
 
 def test_evaluation_without_gradient_is_no_silence(batch):

@@ -173,3 +173,13 @@ def test_a_run_that_recorded_nothing_is_taken_back_and_no_other(tmp_path: Path) 
     (run.path / "mine.txt").write_text("kept")
     run.discard_if_unused()
     assert [path.name for path in run.path.iterdir()] == ["mine.txt"]
+
+
+def test_what_a_kill_leaves_of_a_new_folder_blocks_nobody(tmp_path):
+    """run.json is written before recipe.yaml, which makes the folder a run."""
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "recipe.yaml.partial").write_text("out")
+    Run(tmp_path).check_free()
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(GSKDError, match="found other files"):
+        Run(tmp_path).check_free()

@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> Any:
         sys.exit(2)
     except SystemExit as error:
         if error.code == 130:  # what typer makes of Ctrl-C
-            sys.stderr.write("gskd: stopped; a run is continued by --resume\n")
+            sys.stderr.write("gskd: stopped; the same command goes on, train and distill with --resume\n")
         raise
 
 

@@ -31,7 +31,7 @@ from gskd.taps import Taps, auto_tap
 Layers = str | tuple[str, ...]
 """One tap, or several where a loss compares layers."""
 
-_PATIENCE = 20  # steps
+_PATIENCE = 20  # forward passes
 
 
 @dataclass
@@ -98,8 +98,8 @@ class Distiller(nn.Module):
     put in eval mode before each step, runs without gradient, and its parameters are set not to require one; it moves
     with the distiller's ``to``.
 
-    A term whose gradient at the student's layer is zero in each of the first 20 steps is an error: it would cost its
-    time and teach nothing. Once a step has shown a gradient, nothing more is computed for this.
+    A term whose gradient at the student's layer is zero in each of the first 20 forward passes is an error: it would
+    cost its time and teach nothing. Once one has shown a gradient, nothing more is computed for this.
 
     Args:
         student: the network to train.
@@ -148,6 +148,12 @@ class Distiller(nn.Module):
         self.teacher_layers = {name: resolve_layers(self._teacher[0], t.teacher, t.loss) for name, t in terms.items()}
         for model, layers in ((student, self.student_layers), *((t, self.teacher_layers) for t in self._teacher)):
             Taps(model, tap_names(layers.values()))  # a layer that does not exist is an error here already
+        # Read by DistributedDataParallel, which would else send these from the first process to all at every step.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"{path}.{name}"
+            for path, module in self.losses.named_modules(prefix="losses")
+            for name in getattr(module, "same_on_all_processes", ())
+        ]
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -208,7 +214,9 @@ class Distiller(nn.Module):
         read = [one for one in ([maps] if isinstance(maps, Tensor) else maps) if one.requires_grad]
         heard = torch.zeros((), dtype=torch.int64, device=raw.device)
         if read and raw.requires_grad:
-            gradients = torch.autograd.grad(raw, read, retain_graph=True, allow_unused=True)
+            # Scaled up: of a mean over a large half-precision map nothing would be left, with or without a loss scaler.
+            scale = torch.full_like(raw, 2.0**16)
+            gradients = torch.autograd.grad(raw, read, scale, retain_graph=True, allow_unused=True)
             for gradient in gradients:
                 if gradient is not None:
                     heard |= gradient.ne(0).any()
@@ -219,7 +227,7 @@ class Distiller(nn.Module):
         if self._silent_steps[name] >= _PATIENCE:
             raise GSKDError(
                 f"term {name!r}: its gradient to the student's {self.student_layers[name]!r} was zero in all of the"
-                f" first {_PATIENCE} steps: it teaches nothing. Is the layer trained, and does it see labelled pixels?"
+                f" first {_PATIENCE} passes: it teaches nothing. Is the layer trained, and does it see labelled pixels?"
             )
 
     @torch.no_grad()
@@ -255,6 +263,9 @@ def resolve_layers(model: nn.Module, names: str | Sequence[str], loss: nn.Module
     if isinstance(names, str):
         return names
     if isinstance(names, Sequence) and names and all(isinstance(name, str) for name in names):
+        if getattr(loss, "inputs", "levels") != "levels":
+            kind = loss if isinstance(loss, type) else type(loss)
+            raise GSKDError(f"layers: {kind.__name__} compares one layer of each network, got {list(names)}")
         return tuple(names)
     raise GSKDError(f"layers: expected a name or a list of names, got {names!r}")
 

@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,9 @@ def train_model(
         begun = run.info().get("kind")
         if begun != kind:
             raise GSKDError(f"run {run.path}: was begun by gskd {begun}; it cannot be continued by gskd {kind}")
-        _check_same(run.load_recipe(), recipe, run)
+        run.check_recipe(recipe)
+        if distill and recipe.teacher is not None:
+            run.check_teacher(recipe.teacher)
     else:
         run.check_free()
     progress = progress or Progress()
@@ -93,7 +95,7 @@ def train_model(
         )
     accelerator.wait_for_everyone()  # all have looked at the folder before the first one lays it out
     if not resume and accelerator.is_main_process:
-        run.create(recipe, kind, train_data)
+        run.create(recipe, kind, train_data, recipe.teacher if distill else None)
     accelerator.wait_for_everyone()
 
     with progress:
@@ -114,6 +116,8 @@ def train_model(
             counter = progress.counter(f"scoring the teacher on {recipe.data.val}")
             teacher_score = evaluate(teacher, val_data, inference, counter)
             progress.score(f"teacher on {recipe.data.val}", teacher_score)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # of scoring the teacher
         try:
             last, seconds = fit(
                 distiller, recipe, run, accelerator, train_data, val_data, progress, resume, teacher_model
@@ -122,13 +126,14 @@ def train_model(
             if accelerator.is_main_process:
                 run.discard_if_unused()  # a mistake found in the first step must not block the folder
             raise
+        memory = _peak_memory()  # before scoring, which takes whole images
         accelerator.wait_for_everyone()  # the first process may still be writing the best weights
         result = _final_scores(recipe, run, student, scored, last, progress)
     result |= {
         "best_step": run.best_step(),
         "parameters": count_parameters(student),
         "seconds": seconds,
-        "peak_memory_gib": _peak_memory(),
+        "peak_memory_gib": memory,
         "teacher": teacher_score and {recipe.data.val: teacher_score.to_dict(val_data.classes)},
     }
     if accelerator.is_main_process:
@@ -138,7 +143,7 @@ def train_model(
 
 
 def _peak_memory() -> float | None:
-    """GiB at the highest: of CUDA where it is used, else of this process; None where the system does not tell."""
+    """GiB at the highest: on CUDA that of training, else of this whole process; None where the system is silent."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return float(torch.cuda.max_memory_allocated() / 2**30)
     try:
@@ -211,16 +216,33 @@ def _build_teacher(
     return run.load_model(recipe), recipe.model
 
 
-def _build_terms(
-    specs: dict[str, TermRecipe], student: nn.Module, teacher: nn.Module, num_classes: int, size: Sequence[int]
-) -> dict[str, Term]:
-    loss_types: dict[str, type[nn.Module]] = {}
-    layers: dict[str, dict[str, Layers]] = {"student": {}, "teacher": {}}
+def check_terms(specs: dict[str, TermRecipe]) -> None:
+    """Raises `GSKDError` for a loss that does not exist or an argument that it does not take; builds nothing."""
     for name, spec in specs.items():
         kind = spec.loss or name
         if kind not in LOSSES:
             raise GSKDError(f"terms.{name}: unknown loss {kind!r}{near_names(kind, LOSSES)}")
-        loss_types[name] = LOSSES[kind]
+        known = _arguments(LOSSES[kind])
+        for argument in spec.args:
+            if argument not in known:
+                near = near_names(argument, known) if known else f"; {kind} takes none"
+                raise GSKDError(f"terms.{name}.args: no argument {argument!r}{near}")
+
+
+def _arguments(loss: type[nn.Module]) -> list[str]:
+    """What a recipe may pass to a loss; a generator has no value in YAML."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(loss).parameters.values()
+    return [p.name for p in parameters if p.kind in named and p.name != "generator"]
+
+
+def _build_terms(
+    specs: dict[str, TermRecipe], student: nn.Module, teacher: nn.Module, num_classes: int, size: Sequence[int]
+) -> dict[str, Term]:
+    check_terms(specs)
+    loss_types = {name: LOSSES[spec.loss or name] for name, spec in specs.items()}
+    layers: dict[str, dict[str, Layers]] = {"student": {}, "teacher": {}}
+    for name, spec in specs.items():
         for side, model, given in (("student", student, spec.student), ("teacher", teacher, spec.teacher)):
             layers[side][name] = resolve_layers(model, given, loss_types[name])
     # Also where no loss asks for a width: a layer that never fires is found now and not in the first step.
@@ -231,10 +253,7 @@ def _build_terms(
     }
     terms = {}
     for name, spec in specs.items():
-        known = [p for p in inspect.signature(loss_types[name]).parameters if p != "generator"]  # no value for YAML
-        for argument in spec.args:
-            if argument not in known:
-                raise GSKDError(f"terms.{name}.args: no argument {argument!r}{near_names(argument, known)}")
+        known = _arguments(loss_types[name])
         filled: dict[str, Any] = {"num_classes": num_classes}
         for side in layers:
             layer = layers[side][name]
@@ -247,25 +266,3 @@ def _build_terms(
             raise GSKDError(f"terms.{name}.args: {spec.loss or name} refuses {args}: {error}") from None
         terms[name] = Term(loss, spec.weight, layers["student"][name], layers["teacher"][name])
     return terms
-
-
-def _check_same(old: Recipe, new: Recipe, run: Run) -> None:
-    """A resumed run must be the same; where things stand, how data are loaded and how often it reports may change."""
-
-    def core(recipe: Recipe) -> dict[str, Any]:
-        train = replace(recipe.train, log_every=1, checkpoint_every=1, keep=1, tensorboard=True)
-        data = replace(recipe.data, workers=0, cache_gib=0.0, root=None)
-        model, teacher = replace(recipe.model, weights=None), recipe.teacher
-        if teacher is not None:
-            own = teacher.model and replace(teacher.model, weights=None)
-            teacher = replace(teacher, run=teacher.run and "", model=own)
-        return asdict(replace(recipe, output="", train=train, data=data, model=model, teacher=teacher))
-
-    if differing := _differences(core(old), core(new)):
-        raise GSKDError(f"run {run.path}: was begun with another recipe: " + "; ".join(differing[:3]))
-
-
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [line for key in {**old, **new} for line in _differences(old.get(key), new.get(key), f"{where}.{key}")]
-    return [] if old == new else [f"{where.lstrip('.')} was {old}, is now {new}"]

@@ -14,12 +14,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from gskd.data import SegmentationDataset
 from gskd.errors import GSKDError
 from gskd.evaluation import Inference
 from gskd.models import build_model, load_weights, read_metadata
-from gskd.recipe import Precision, Recipe, dump_recipe, load_recipe
+from gskd.recipe import Precision, Recipe, TeacherRecipe, dump_recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ class Run:
         """Whether the folder holds a run."""
         return self.recipe_file.is_file()
 
-    def create(self, recipe: Recipe, kind: str, data: SegmentationDataset) -> None:
-        """Lays out a new run folder.
+    def create(
+        self, recipe: Recipe, kind: str, data: SegmentationDataset, teacher: TeacherRecipe | None = None
+    ) -> None:
+        """Lays out a new run folder; of a teacher, the hash of its weights is kept.
 
         Raises:
             GSKDError: the folder holds anything already, or cannot be written; what is there stays as it was.
@@ -91,6 +94,7 @@ class Run:
             "kind": kind,
             "classes": list(data.classes),
             "palette": np.asarray(data.palette).tolist(),
+            "teacher_sha256": teacher and _weights_hash(teacher),
             "environment": environment(),
         }
         write_text(self.info_file, json.dumps(info, indent=1))
@@ -101,7 +105,9 @@ class Run:
         if self.exists:
             raise GSKDError(f"output {self.path}: holds another run; continue it with --resume or name another folder")
         try:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            # What a kill inside `create` leaves blocks nobody.
+            begun = {self.info_file.name, f"{self.info_file.name}.partial", f"{self.recipe_file.name}.partial"}
+            if self.path.exists() and (not self.path.is_dir() or any(f.name not in begun for f in self.path.iterdir())):
                 raise GSKDError(f"output {self.path}: expected a new or empty folder, found other files")
         except OSError as error:
             raise GSKDError(f"output {self.path}: cannot be read: {error.strerror or error}") from None
@@ -153,6 +159,20 @@ class Run:
                 with contextlib.suppress(ValueError):
                     lines.append(json.loads(line))
         return lines
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raises `GSKDError` where the run was begun with another recipe.
+
+        Where things stand, how data are loaded, how much is computed at a time and how often it reports may change.
+        """
+        if differing := _differences(_core(self.load_recipe()), _core(recipe)):
+            raise GSKDError(f"run {self.path}: was begun with another recipe: " + "; ".join(differing[:3]))
+
+    def check_teacher(self, teacher: TeacherRecipe) -> None:
+        """Raises `GSKDError` where the run was begun with other weights of the teacher."""
+        begun = self.info().get("teacher_sha256")
+        if begun is not None and begun != _weights_hash(teacher):
+            raise GSKDError(f"run {self.path}: was begun with another teacher: its weights have changed since")
 
     def check_classes(self, data: SegmentationDataset, where: str = "run") -> None:
         """Raises `GSKDError` unless the data has the classes, in the order, that the run was trained on."""
@@ -249,3 +269,34 @@ def environment() -> dict[str, Any]:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions,
     }
+
+
+def _weights_hash(teacher: TeacherRecipe) -> str | None:
+    """Of the file that the teacher's weights come from; None where it has none, or none that can be read."""
+    place = teacher.run or (teacher.model and teacher.model.weights)
+    if not place:
+        return None
+    run = Run(Path(place).expanduser())
+    file = run.student if run.exists else run.path
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _core(recipe: Recipe) -> dict[str, Any]:
+    """What makes a run what it is."""
+    train = replace(recipe.train, log_every=1, checkpoint_every=1, keep=1, tensorboard=True, threads=None)
+    data = replace(recipe.data, workers=0, cache_gib=0.0, root=None)
+    model, teacher = replace(recipe.model, weights=None), recipe.teacher
+    if teacher is not None:
+        own = teacher.model and replace(teacher.model, weights=None)
+        teacher = replace(teacher, run=teacher.run and "", model=own)
+    return asdict(replace(recipe, output="", train=train, data=data, model=model, teacher=teacher))
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [line for key in {**old, **new} for line in _differences(old.get(key), new.get(key), f"{where}.{key}")]
+    return [] if old == new else [f"{where.lstrip('.')} was {old}, is now {new}"]

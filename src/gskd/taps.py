@@ -260,35 +260,45 @@ def auto_tap(model: nn.Module, kind: Literal["features", "logits", "levels"]) ->
     root = _unwrap(model)
     family = {f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in type(root).__mro__}
     children = dict(root.named_children())
-    if kind == "logits":
-        head = children.get("segmentation_head")
-        if "segmentation_models_pytorch.SegmentationModel" in family and isinstance(head, nn.Sequential):
-            return "segmentation_head.0" if isinstance(next(iter(head), None), nn.Conv2d) else LOGITS
-        return LOGITS
-    if kind == "levels":
-        if "segmentation_models_pytorch.SegmentationModel" in family and "encoder" in children:
-            return "encoder[-3]", "encoder[-2]", "encoder[-1]"
-        stages = tuple(f"backbone.layer{stage}" for stage in (2, 3, 4))
-        if set(stages) <= _named(root).keys():
-            return stages
-    elif "segmentation_models_pytorch.SegmentationModel" in family and "decoder" in children:
-        return "decoder"
-    if kind == "levels":
-        head_name = ""
-    elif family & {"torchvision.DeepLabV3", "torchvision.FCN"}:
-        head_name = "classifier"
-    elif "transformers.SegformerForSemanticSegmentation" in family:
-        head_name = "decode_head"
-    else:
-        head_name = ""
-    last = _before_classifier(children[head_name]) if head_name in children else None
-    if last is not None:
-        return f"{head_name}.{last}"
+    find = {"features": _auto_features, "logits": _auto_logits, "levels": _auto_levels}[kind]
+    found = find(root, family, children)
+    if found is not None:
+        return found
     likely = ", ".join(repr(name) for name in _candidates(root)[:6])
     raise GSKDError(
         f"{type(root).__name__}: no automatic {kind} layer is known for this model, expected a layer name"
         + (f", for example {likely}" if likely else "")
     )
+
+
+_SMP = "segmentation_models_pytorch.SegmentationModel"
+
+
+def _auto_logits(root: nn.Module, family: set[str], children: dict[str, nn.Module]) -> str:
+    head = children.get("segmentation_head")
+    if _SMP in family and isinstance(head, nn.Sequential) and isinstance(next(iter(head), None), nn.Conv2d):
+        return "segmentation_head.0"
+    return LOGITS
+
+
+def _auto_levels(root: nn.Module, family: set[str], children: dict[str, nn.Module]) -> tuple[str, ...] | None:
+    if _SMP in family and "encoder" in children:
+        return "encoder[-3]", "encoder[-2]", "encoder[-1]"
+    stages = tuple(f"backbone.layer{stage}" for stage in (2, 3, 4))
+    return stages if set(stages) <= _named(root).keys() else None
+
+
+def _auto_features(root: nn.Module, family: set[str], children: dict[str, nn.Module]) -> str | None:
+    if _SMP in family and "decoder" in children:
+        return "decoder"
+    if family & {"torchvision.DeepLabV3", "torchvision.FCN"}:
+        head = "classifier"
+    elif "transformers.SegformerForSemanticSegmentation" in family:
+        head = "decode_head"
+    else:
+        return None
+    last = _before_classifier(children[head]) if head in children else None
+    return None if last is None else f"{head}.{last}"
 
 
 def _before_classifier(head: nn.Module) -> str | None:

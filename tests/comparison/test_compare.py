@@ -2,14 +2,18 @@
 
 import csv
 import json
+import shutil
 import signal
 import time
 
+import psutil
 import pytest
 import yaml
 
 import helpers
 from gskd.comparison import load_comparison
+from gskd.comparison.grid import equal_seconds_cell, equal_steps_cell
+from gskd.recipe import dump_recipe
 
 
 def tree(folder, **changes):
@@ -109,11 +113,46 @@ def test_a_finished_grid_is_not_made_again_and_can_grow(compared):
     before = {name: stamp for name, stamp in helpers.snapshot(output / "runs").items() if "counts" not in name}
     said = helpers.gskd_ok("compare", path, "--table")
     assert "equal seconds" in said.out
-    added = helpers.gskd_ok("compare", path, "variants.kd.seeds=[0,1]", "equal_seconds=off")
+    added = helpers.gskd_ok("compare", path, "variants.kd.seeds=[0,1]", "equal_seconds=off", "parallel=1")
     assert added.out.count("begun: ") == 1
     assert "begun: kd seed 1" in added.out
     after = helpers.snapshot(output / "runs")
     assert {name: after[name] for name in before} == before
+
+
+def test_a_finished_run_is_not_taken_for_one_of_another_recipe_or_teacher(compared, tmp_path):
+    path, output, _ = compared
+    for option in ((), ("--table",)):
+        outcome = helpers.gskd("compare", path, "recipe.train.lr=0.5", *option)
+        assert outcome.code == 2
+        assert "was begun with another recipe: train.lr was 0.001, is now 0.5" in outcome.err
+    copy = shutil.copytree(output, tmp_path / "out")
+    shutil.copy(output / "runs/plain/seed-0/student.safetensors", copy / "teacher/student.safetensors")
+    outcome = helpers.gskd("compare", path, f"output={copy}", "--table")
+    assert outcome.code == 2
+    assert "kd/seed-0: was begun with another teacher" in outcome.err
+
+
+def test_a_pace_that_moves_a_little_does_not_throw_runs_away(tmp_path):
+    plain = {"terms": {}, "train": {"steps": 100}}
+    comparison = load_comparison(write(tmp_path, seeds=[0], variants={"fast": plain, "slow": plain}))
+    fast, slow = comparison.variants
+
+    def finish(cell, seconds):
+        cell.run.path.mkdir(parents=True, exist_ok=True)
+        cell.run.recipe_file.write_text(dump_recipe(cell.recipe))
+        cell.run.result.write_text(json.dumps({"seconds": seconds}))
+
+    finish(equal_steps_cell(comparison, fast, 0), 10)
+    assert equal_seconds_cell(comparison, fast, 0) is None  # not before all have been timed
+    finish(equal_steps_cell(comparison, slow, 0), 20)
+    first = equal_seconds_cell(comparison, fast, 0)
+    assert first.recipe.train.steps == 200
+    assert equal_seconds_cell(comparison, slow, 0) == equal_steps_cell(comparison, slow, 0)
+    finish(first, 20)
+    for seconds, same in ((10.1, True), (9.9, True), (7, False)):
+        finish(equal_steps_cell(comparison, fast, 0), seconds)
+        assert (equal_seconds_cell(comparison, fast, 0).run == first.run) == same
 
 
 def test_an_interrupted_grid_continues(tmp_path):
@@ -164,6 +203,10 @@ def test_a_run_that_fails_is_named_after_the_others_are_made(tmp_path):
         ({"parallel": 0}, "parallel: expected a whole number"),
         ({"equal_seconds": "fast"}, "equal_seconds: expected one of slowest, baseline, off"),
         ({"teacher": None}, "neither the comparison nor its base names a teacher"),
+        ({"seeds": [-1]}, "seeds: expected a list of whole numbers from 0"),
+        ({"variants": {"a": {"terms": {"cdw": {}}}}}, "variants.a.terms.cdw: unknown loss 'cdw'; did you mean"),
+        ({"variants": {"a": {"terms": {"at": {"args": {"x": 1}}}}}}, "terms.at.args: no argument 'x'; at takes none"),
+        ({"variants": {"a": {}, "b": {"data": {"test": "val"}}}}, "variants.b.data: differs from that of a"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(tmp_path, changes, message):
@@ -182,6 +225,40 @@ def test_terms_of_a_variant_replace_those_of_the_base(tmp_path):
     assert set(kept.recipe.terms) == set(helpers.TERMS)
     assert kept.recipe.train.lr == 0.5
     assert kept.recipe.train.batch == 4
+
+
+def test_a_teacher_to_train_replaces_the_one_that_the_base_names(tmp_path):
+    comparison = load_comparison(write(tmp_path, base="cityscapes_r101_r18", recipe={}))
+    assert comparison.variants[0].recipe.teacher.run == str(tmp_path / "out" / "teacher")
+
+
+def test_more_steps_do_not_give_more_scores_to_pick_the_best_from(tmp_path):
+    variant = load_comparison(write(tmp_path)).variants[0]
+    assert (variant.at(0, tmp_path).train.steps, variant.at(0, tmp_path).eval.every) == (helpers.STEPS, 2)
+    longer = variant.at(0, tmp_path, 3 * helpers.STEPS)
+    assert (longer.train.steps, longer.eval.every) == (3 * helpers.STEPS, 6)
+
+
+def test_the_lock_lives_as_long_as_the_runs(tmp_path):
+    """Killed without a chance to clean up, a comparison leaves runs behind; nobody may start beside them."""
+    changes = {"seeds": [0], "recipe": {"train": {"steps": 2000}}, "teacher": None}
+    path = write(tmp_path, variants={"plain": {"terms": {}}}, **changes)
+    process = helpers.spawn("compare", path)
+    run = tmp_path / "out" / "runs" / "plain" / "seed-0"
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file():
+        assert time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    outcome = helpers.gskd("compare", path)
+    for orphan in psutil.process_iter(["cmdline"]):
+        if str(run.with_name("seed-0.yaml")) in (orphan.info["cmdline"] or []):
+            orphan.kill()
+            orphan.wait()
+    process.communicate()
+    assert outcome.code == 2
+    assert "another gskd compare works on it" in outcome.err
 
 
 def test_two_at_once_on_one_folder_are_refused(tmp_path):

@@ -68,7 +68,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         other = counts.copy()
         other[:, :, 0] = (other[:, :, 0] + noise).clip(0, counts[:, :, 1])
         missed += paired_difference(counts, other, resamples=300).clear
-    assert missed <= 9
+    assert 1 <= missed <= 9  # an interval that never misses would be too wide
 
 
 def test_classes_can_be_chosen_and_absent_ones_do_not_count():

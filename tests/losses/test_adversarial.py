@@ -52,3 +52,11 @@ def test_the_penalty_holds_the_slope_at_one():
     term.critic.forward = lambda maps: (maps * weight.view(1, 3, 1, 1)).sum(1).mean((1, 2))
     maps = torch.rand(2, 3, 9, 12)
     torch.testing.assert_close(term._steepness(maps, 1 - maps), ((weight.norm() - 1) ** 2).expand(2))
+
+
+def test_the_critic_attends_to_a_bounded_map():
+    """Full-size logits of 512 x 1024 have 8385 places here; a map of all their pairs would be 281 MB an image."""
+    critic, largest = AdversarialLoss(3, width=4).critic, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: largest.append(t.numel()) or t, lambda t: t):
+        critic(torch.rand(1, 3, 512, 1024))
+    assert max(largest) < 8385 * 32 * 32

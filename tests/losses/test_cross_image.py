@@ -38,6 +38,15 @@ def test_chunks_change_neither_value_nor_gradient():
         torch.testing.assert_close(result, results[0])
 
 
+def test_chunks_compile_into_one_graph():
+    student, teacher, valid = vectors()
+    student.requires_grad_()
+    torch.compiler.reset()
+    compiled = torch.compile(cross_image_loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(cross_image_loss(student, teacher, valid, 0.3), student)
+    torch.testing.assert_close(torch.autograd.grad(compiled(student, teacher, valid, 0.3, 45), student), expected)
+
+
 def test_chunks_hold_no_map_of_pixel_pairs():
     """What the backward pass keeps of 2 x 600 pixels: a map of pairs would be 1.44 million numbers, twice."""
     student, teacher = torch.randn(2, 3, 600, requires_grad=True), torch.randn(2, 3, 600)

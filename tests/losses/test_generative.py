@@ -5,6 +5,7 @@ from torch.autograd import gradcheck
 
 from gskd import GSKDError
 from gskd.losses import AFDCDLoss, MGDLoss, Pixels, omni_contrast
+from gskd.losses.generative import l1_distances
 
 
 def examples(channels=6):
@@ -31,6 +32,15 @@ def test_contrast_gradient():
     teacher = torch.randn(1, 4, 2, 2, dtype=torch.float64)
     valid = torch.tensor([[[True, False], [True, True]]])
     assert gradcheck(lambda s: omni_contrast(s, teacher, valid, 2, 2, 0.5), (student,))
+
+
+def test_l1_distances_and_their_gradient_are_those_of_torch():
+    points, others = torch.randn(2, 5, 3, requires_grad=True), torch.randn(2, 4, 3)
+    weight = torch.randn(2, 5, 4)
+    expected = torch.autograd.grad((torch.cdist(points, others, p=1.0) * weight).sum(), points)
+    got = l1_distances(points, others)
+    torch.testing.assert_close(got, torch.cdist(points, others, p=1.0))
+    torch.testing.assert_close(torch.autograd.grad((got * weight).sum(), points), expected)
 
 
 def test_completion_agrees_with_loops():

@@ -120,3 +120,10 @@ def test_class_counts_must_match(loss):
         loss()(torch.zeros(1, 4, 2, 2), torch.zeros(1, 5, 2, 2), Pixels(torch.zeros(1, 2, 2, dtype=torch.int64)))
     with pytest.raises(GSKDError, match="temperature: expected a number > 0, got 0"):
         loss(temperature=0)
+
+
+def test_weights_of_parts_must_be_numbers():
+    with pytest.raises(GSKDError, match="beta: expected a number >= 0, got None"):
+        DISTLoss(beta=None)
+    with pytest.raises(GSKDError, match="body_weight: expected a number >= 0, got -1"):
+        BPKDLoss(body_weight=-1)

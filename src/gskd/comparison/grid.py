@@ -1,21 +1,24 @@
 """The runs of a comparison, several at a time, each in a process of its own (comparison -> run folders).
 
-A run that is finished is never done again; one that was interrupted continues. What a run is follows from the recipe
-in its folder alone.
+A run that is finished is never done again; one that was interrupted continues. A run of another recipe or teacher in a
+cell's folder is an error. Paces are measured as the runs go, side by side; ``parallel: 1`` gives quieter ones.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
+import psutil
 import torch
 
 from gskd.checkpoint import write_text
@@ -37,7 +40,16 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        """Whether its result is there."""
+        """Whether its result is there.
+
+        Raises:
+            GSKDError: it is that of another recipe, or of another teacher.
+        """
+        if not self.run.exists:
+            return False
+        self.run.check_recipe(self.recipe)
+        if self.distils and self.recipe.teacher is not None:
+            self.run.check_teacher(self.recipe.teacher)
         return self.run.result.is_file()
 
 
@@ -50,16 +62,22 @@ def equal_steps_cell(comparison: Comparison, variant: Variant, seed: int) -> Cel
 def equal_seconds_cell(comparison: Comparison, variant: Variant, seed: int) -> Cell | None:
     """The run for as many steps as fit into everybody's seconds; None where this is not asked for or known yet.
 
-    The variant that sets the seconds is not trained again: its first run is the one.
+    The variant that sets the seconds is not trained again: its first run is the one. Neither are runs of a number of
+    steps that is less than 2 % off: a seed more moves the mean pace a little.
     """
     budget = seconds_budget(comparison)
     pace = seconds_per_step(comparison, variant)
     if budget is None or pace is None:
         return None
     steps = max(1, round(budget / pace))
-    if abs(steps - variant.recipe.train.steps) <= 0.01 * variant.recipe.train.steps:
+    runs = comparison.output / "runs" / variant.name
+    made = {int(path.parent.name.rpartition("-")[2]) for path in runs.glob("seed-*-steps-*/recipe.yaml")}
+    nearest = min({variant.recipe.train.steps, *made}, key=lambda other: abs(other - steps))
+    if abs(nearest - steps) < 0.02 * steps:
+        steps = nearest
+    if steps == variant.recipe.train.steps:
         return equal_steps_cell(comparison, variant, seed)
-    folder = comparison.output / "runs" / variant.name / f"seed-{seed}-steps-{steps}"
+    folder = runs / f"seed-{seed}-steps-{steps}"
     return Cell(
         f"{variant.name} seed {seed}, {steps} steps", Run(folder), variant.at(seed, folder, steps), variant.distils
     )
@@ -95,30 +113,31 @@ def run_grid(comparison: Comparison, progress: Progress) -> None:
     Raises:
         GSKDError: runs that failed, after all others were made; or another process works on the same comparison.
     """
-    with _lock(comparison.output):
+    with _lock(comparison.output) as lock, _stop_on_sigterm():
         if comparison.teacher is not None:
             teacher = Cell("teacher", Run(comparison.output / "teacher"), comparison.teacher, distils=False)
-            _make([teacher], 1, None, progress)
+            _make([teacher], 1, None, lock, progress)
         slots, threads = _slots(comparison)
         seeds = list(dict.fromkeys(seed for variant in comparison.variants for seed in variant.seeds))
         # Seed by seed: an interrupted grid has whole comparisons of some seeds, not all seeds of some variants.
         pairs = [(variant, seed) for seed in seeds for variant in comparison.variants if seed in variant.seeds]
-        _make([equal_steps_cell(comparison, *pair) for pair in pairs], slots, threads, progress)
+        _make([equal_steps_cell(comparison, *pair) for pair in pairs], slots, threads, lock, progress)
         second = [cell for pair in pairs if (cell := equal_seconds_cell(comparison, *pair)) is not None]
-        _make(second, slots, threads, progress)
+        _make(second, slots, threads, lock, progress)
 
 
 def _slots(comparison: Comparison) -> tuple[int, int | None]:
-    """Runs at a time, and CPU threads of each: a GPU each where there are any, else a core each."""
+    """Runs at a time, and CPU threads of each: a GPU each where there are any, else a core and 2 GiB of memory each."""
     if torch.cuda.is_available():
         return comparison.parallel or torch.cuda.device_count(), None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = {variant.recipe.train.threads for variant in comparison.variants}
-    slots = comparison.parallel or max(1, cores // max((threads or 1) for threads in wanted))
+    room = max(1, int(psutil.virtual_memory().available / 2**31))
+    slots = comparison.parallel or max(1, min(cores // max((threads or 1) for threads in wanted), room))
     return slots, max(1, cores // slots)
 
 
-def _make(cells: list[Cell], slots: int, threads: int | None, progress: Progress) -> None:
+def _make(cells: list[Cell], slots: int, threads: int | None, lock: IO[str], progress: Progress) -> None:
     """Runs what is not finished, ``slots`` at a time."""
     waiting = [cell for cell in cells if not cell.finished]
     if len(cells) > len(waiting):
@@ -128,7 +147,7 @@ def _make(cells: list[Cell], slots: int, threads: int | None, progress: Progress
         while waiting or working:
             while waiting and free:
                 slot, cell = free.pop(0), waiting.pop(0)
-                working[slot] = (cell, _start(cell, slot, threads), time.monotonic())
+                working[slot] = (cell, _start(cell, slot, threads, lock), time.monotonic())
                 progress.say(f"begun: {cell.title} ({len(waiting)} wait), log {_log(cell)}")
             time.sleep(0.1)
             for slot, (cell, process, begun) in list(working.items()):
@@ -151,7 +170,7 @@ def _make(cells: list[Cell], slots: int, threads: int | None, progress: Progress
         raise GSKDError(f"compare: {len(failed)} of {len(cells)} runs failed: " + "; ".join(failed[:3]))
 
 
-def _start(cell: Cell, slot: int, threads: int | None) -> subprocess.Popen[bytes]:
+def _start(cell: Cell, slot: int, threads: int | None, lock: IO[str]) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     recipe = cell.recipe
     if torch.cuda.is_available():
@@ -166,8 +185,27 @@ def _start(cell: Cell, slot: int, threads: int | None) -> subprocess.Popen[bytes
     written = cell.run.path.with_name(cell.run.path.name + ".yaml")
     write_text(written, dump_recipe(recipe))
     command = [sys.executable, "-m", "gskd.cli", "distill" if cell.distils else "train", str(written), "--resume"]
+    # The run holds the lock too: should this process be killed, nobody else starts beside runs that live on.
+    held = () if os.name == "nt" else (lock.fileno(),)
     with open(_log(cell), "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=held)
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the runs as Ctrl-C does, instead of leaving them behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _log(cell: Cell) -> Path:

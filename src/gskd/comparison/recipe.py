@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gskd.errors import GSKDError, near_names
+from gskd.pipeline import check_terms
 from gskd.recipe import Recipe, load_tree, parse_recipe, set_value
 
 _KEYS = ("output", "base", "teacher", "recipe", "seeds", "baseline", "variants", "parallel", "equal_seconds")
@@ -43,9 +44,12 @@ class Variant:
         return bool(self.recipe.terms)
 
     def at(self, seed: int, output: Path, steps: int | None = None) -> Recipe:
-        """The recipe of one run."""
-        train = self.recipe.train if steps is None else replace(self.recipe.train, steps=steps)
-        return replace(self.recipe, seed=seed, output=str(output), train=train)
+        """The recipe of one run; of other ``steps``, with as many scores on val to pick the best from."""
+        run = replace(self.recipe, seed=seed, output=str(output))
+        if steps is None:
+            return run
+        every = max(1, round(run.eval.every * steps / run.train.steps))
+        return replace(run, train=replace(run.train, steps=steps), eval=replace(run.eval, every=every))
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,10 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         made = output / "teacher"
         plain = {key: value for key, value in _merge(_base(tree, "teacher", where), shared).items() if key != "output"}
         teacher = parse_recipe({**plain, "output": str(made)}, source=f"{where}: teacher")
-        base = {**base, "teacher": {**_mapping(base.get("teacher") or {}, f"{where}: base: teacher"), "run": str(made)}}
+        named = _mapping(base.get("teacher") or {}, f"{where}: base: teacher")
+        base = {**base, "teacher": {**named, "run": str(made), "model": None}}
     seeds = _seeds(tree.get("seeds", [0]), f"{where}: seeds")
-    variants = []
+    variants: list[Variant] = []
     for name, changes in _mapping(tree["variants"], f"{where}: variants").items():
         here = f"{where}: variants.{name}"
         if not str(name).replace("-", "_").isidentifier():
@@ -112,6 +117,13 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         recipe = parse_recipe(merged, source=here)
         if recipe.terms and recipe.teacher is None:
             raise GSKDError(f"{here}: has terms, and neither the comparison nor its base names a teacher")
+        try:
+            check_terms(recipe.terms)
+        except GSKDError as error:
+            raise GSKDError(f"{here}.{error}") from None
+        for part in ("data", "eval"):
+            if variants and getattr(recipe, part) != getattr(variants[0].recipe, part):
+                raise GSKDError(f"{here}.{part}: differs from that of {variants[0].name}; all must be scored alike")
         variants.append(Variant(str(name), recipe, own))
     names = [variant.name for variant in variants]
     baseline = str(tree.get("baseline", names[0]))
@@ -146,8 +158,8 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 def _seeds(value: Any, where: str) -> tuple[int, ...]:
     wrong = not isinstance(value, list) or not value
-    if wrong or any(isinstance(seed, bool) or not isinstance(seed, int) for seed in value):
-        raise GSKDError(f"{where}: expected a list of whole numbers, found {value!r}")
+    if wrong or any(isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63 for seed in value):
+        raise GSKDError(f"{where}: expected a list of whole numbers from 0, found {value!r}")
     if len(set(value)) < len(value):
         raise GSKDError(f"{where}: a seed stands twice in {value!r}")
     return tuple(value)

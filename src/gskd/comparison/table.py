@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import statistics
@@ -95,7 +96,8 @@ def _compared(cell: Cell) -> str:
 def _counts(cell: Cell, progress: Progress) -> np.ndarray:
     """Per image and class, of the run's best weights on the split that is compared; kept in the run folder."""
     split = _compared(cell)
-    kept = cell.run.path / f"counts_{split}.npy"
+    settings = json.dumps(asdict(cell.recipe.eval), sort_keys=True, default=str)
+    kept = cell.run.path / f"counts_{split}_{hashlib.sha256(settings.encode()).hexdigest()[:8]}.npy"
     if kept.is_file() and kept.stat().st_mtime >= cell.run.result.stat().st_mtime:
         with contextlib.suppress(ValueError, OSError):  # a damaged file is made again
             loaded: np.ndarray = np.load(kept, allow_pickle=False)
@@ -148,7 +150,7 @@ def _row(
                 for other in results[next(iter(results))]["best"]
                 if other != split
             },
-            split: {str(seed): float(mean_iou(total)) for seed, total in sums.items()},
+            split: {str(seed): _known(mean_iou(total)) for seed, total in sums.items()},
         },
         "last_quarter_gain": _last_quarter_gain(cells),
         "iou": {
@@ -173,6 +175,10 @@ def _last_quarter_gain(cells: dict[int, Cell]) -> float | None:
     return statistics.mean(gains) if gains else None
 
 
+def _known(value: Any) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
 def _highest(values: Any) -> float | None:
     known = [value for value in values if value is not None]
     return max(known) if known else None
@@ -191,29 +197,31 @@ def _points(value: float | None) -> str:
     return "-" if value is None or value != value else f"{100 * value:.2f}"
 
 
-def _spread(scores: dict[str, float]) -> str:
-    values = list(scores.values())
-    text = _points(statistics.mean(values))
+def _spread(scores: dict[str, float | None]) -> str:
+    values = [value for value in scores.values() if value is not None]
+    text = _points(statistics.mean(values)) if values else "-"
     return text + (f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def _interval(difference: dict[str, float] | None) -> str:
+def _interval(difference: dict[str, float] | None, seeds: str = "") -> str:
     if not difference:
         return "-"
-    return f"{100 * difference['mean']:+.2f} [{100 * difference['low']:+.2f}, {100 * difference['high']:+.2f}]"
+    return f"{100 * difference['mean']:+.2f} [{100 * difference['low']:+.2f}, {100 * difference['high']:+.2f}]{seeds}"
 
 
 def _cells(row: dict[str, Any], split: str) -> dict[str, str]:
     """A row of the table as text, by column."""
     difference = row["difference"] or {}
     other = [name for name in row["miou"] if name != split]
+    shared = len(row["difference_seeds"])
+    fewer = f" of {shared}" if shared < len(row["seeds"]) else ""
     return {
         "variant": row["variant"],
         "seeds": str(len(row["seeds"])),
         "steps": str(row["steps"]),
         **{f"{name} mIoU": _spread(row["miou"][name]) for name in other},
         f"{split} mIoU": _spread(row["miou"][split]),
-        "difference [95 %]": _interval(difference.get("all")),
+        "difference [95 %]": _interval(difference.get("all"), fewer),
         "rare classes": _interval(difference.get("rare")),
         "common classes": _interval(difference.get("common")),
         "s per step": f"{row['seconds_per_step']:.3f}",
@@ -225,7 +233,7 @@ def _cells(row: dict[str, Any], split: str) -> dict[str, str]:
 def _table(results: dict[str, Any]) -> Table:
     split = results["compared_on"]
     teacher = results["teacher"]
-    title = f"best weights by val mIoU; difference to {results['baseline']} on {split}, points"
+    title = f"best weights by val mIoU; difference to {results['baseline']} on {split}, points, over shared seeds"
     if teacher:
         title += "; teacher " + ", ".join(f"{name} {_points(value)}" for name, value in teacher.items())
     table = Table(title=escape(title))
@@ -250,9 +258,11 @@ def _csv(rows: list[dict[str, Any]]) -> str:
         line = {
             key: row[key] for key in ("variant", "round", "steps", "seconds", "seconds_per_step", "peak_memory_gib")
         }
+        line |= {"seeds": len(row["seeds"]), "difference_seeds": len(row["difference_seeds"])}
         for split, scores in row["miou"].items():
-            line[f"{split}_miou"] = statistics.mean(scores.values())
-            line[f"{split}_miou_sd"] = statistics.stdev(scores.values()) if len(scores) > 1 else None
+            known = [value for value in scores.values() if value is not None]
+            line[f"{split}_miou"] = statistics.mean(known) if known else None
+            line[f"{split}_miou_sd"] = statistics.stdev(known) if len(known) > 1 else None
         for part in ("all", "rare", "common"):
             found = (row["difference"] or {}).get(part) or {}
             line |= {
@@ -279,7 +289,9 @@ def _figure(rows: list[dict[str, Any]], path: Path) -> None:
     split = list(rows[0]["miou"])[-1]
     markers = "osD^v<>pPX*h"
     for row in rows:
-        scores = [100 * value for value in row["miou"][split].values()]
+        scores = [100 * value for value in row["miou"][split].values() if value is not None]
+        if not scores:
+            continue
         place = names.index(row["variant"])
         axes.errorbar(
             row["seconds"] / 60,

@@ -130,6 +130,16 @@ def require_positive(name: str, value: float) -> None:
         raise GSKDError(f"{name}: expected a number > 0, got {value!r}")
 
 
+def require_number(name: str, value: object) -> None:
+    """Checks that an argument is a finite number >= 0.
+
+    Raises:
+        GSKDError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise GSKDError(f"{name}: expected a number >= 0, got {value!r}")
+
+
 def require_count(name: str, value: object, least: int = 1, or_else: str = "") -> None:
     """Checks that an argument is an integer >= ``least``; ``or_else`` names in the error what else would do.
 

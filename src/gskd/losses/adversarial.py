@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gskd.losses._match import match_logits, require_count
+from gskd.losses._match import match_logits, require_count, require_number
 from gskd.losses._pixels import Pixels, promote
 from gskd.losses._reduce import mean_over_images
+
+_ATTENDED = 32  # the longest side, in pixels, of the map that the critic attends to
 
 
 class Critic(nn.Module):
@@ -39,7 +41,10 @@ class Critic(nn.Module):
         """(B, K, h, w) -> (B,)."""
         for conv in self.convs:
             maps = F.leaky_relu(conv(maps), 0.1)
-        query, key, value = (layer(maps).flatten(2) for layer in (self.query, self.key, self.value))
+        # Full-size logits would make a map of all pairs of their pixels: what is attended to is pooled.
+        window = -(-max(maps.shape[2:]) // _ATTENDED)
+        pooled = F.avg_pool2d(maps, window, ceil_mode=True) if window > 1 else maps
+        query, key, value = self.query(maps).flatten(2), self.key(pooled).flatten(2), self.value(pooled).flatten(2)
         # Written out: the fused attention has no second derivative, which the gradient penalty needs.
         attention = (query.mT @ key / query.shape[1] ** 0.5).softmax(dim=2)
         maps = maps + self.gate * (value @ attention.mT).view_as(maps)
@@ -77,6 +82,7 @@ class AdversarialLoss(nn.Module):
         super().__init__()
         require_count("num_classes", num_classes)
         require_count("width", width, least=2)
+        require_number("penalty", penalty)
         self.critic = Critic(num_classes, width)
         self.penalty = penalty
 

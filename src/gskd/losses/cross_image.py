@@ -20,7 +20,7 @@ from gskd.losses._pixels import Pixels, match_size, promote, require_maps, requi
 from gskd.losses._reduce import masked_mean_pool, mean_over_pixels, unit_length
 from gskd.losses._sampling import class_balanced_sample, read_points
 
-_CHUNK = 1 << 24  # similarities held at a time, 64 MiB in fp32
+_CHUNK = 1 << 22  # similarities worked on at a time; about ten tensors of this size, 16 MiB in fp32, live at once
 
 
 def cross_image_loss(
@@ -37,7 +37,7 @@ def cross_image_loss(
         teacher: (B, Ct, P); no gradient flows to it.
         valid: (B, P) bool, the pixels that count as rows and as columns.
         temperature: tau; > 0.
-        chunk: similarities held at a time.
+        chunk: similarities worked on at a time.
 
     Returns:
         Scalar, float32 or wider; zero with zero gradient where no pixel counts.
@@ -58,7 +58,14 @@ def cross_image_loss(
             if step >= rows_s.shape[0]:
                 divergence = _row_divergence(rows_s, rows_t, *columns)
             else:
-                divergence = checkpoint(_row_divergence, rows_s[part], rows_t[part], *columns, use_reentrant=False)
+                divergence = checkpoint(
+                    _row_divergence,
+                    rows_s[part],
+                    rows_t[part],
+                    *columns,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
             total = total + (divergence * weight[part]).sum()
         pairs = valid.any(dim=1).sum() * everywhere.any(dim=1).sum()
         return mean_over_processes(total, pairs)
@@ -122,6 +129,8 @@ class MemoryBank(nn.Module):
         size: Q, places per class. Memory is K * Q * C * 4 bytes.
         channels: C.
     """
+
+    same_on_all_processes: ClassVar[tuple[str, ...]] = ("rows", "written")
 
     rows: Tensor
     written: Tensor
@@ -234,6 +243,7 @@ class CIRKDMemoryLoss(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (
+            ("num_classes", num_classes),
             ("pixel_bank", pixel_bank),
             ("region_bank", region_bank),
             ("samples_per_class", samples_per_class),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gskd.distributed import sum_over_processes, sum_with_grad
-from gskd.losses._match import match_logits, require_count, require_flag, require_positive
+from gskd.losses._match import match_logits, require_count, require_flag, require_number, require_positive
 from gskd.losses._pixels import Pixels, promote
 from gskd.losses._reduce import mean_over_images, mean_over_pixels, spatial_log_softmax
 
@@ -172,6 +172,8 @@ class DISTLoss(nn.Module):
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__()
         require_positive("temperature", temperature)
+        require_number("beta", beta)
+        require_number("gamma", gamma)
         self.beta = beta
         self.gamma = gamma
         self.temperature = temperature
@@ -263,6 +265,8 @@ class BPKDLoss(nn.Module):
         super().__init__()
         require_positive("temperature", temperature)
         require_count("radius", radius)
+        require_number("boundary_weight", boundary_weight)
+        require_number("body_weight", body_weight)
         self.boundary_weight = boundary_weight
         self.body_weight = body_weight
         self.temperature = temperature
