@@ -78,13 +78,17 @@ def test_the_table_is_printed_and_written(compared):
     assert kd["difference"]["all"]["mean"] == pytest.approx(expected)
     assert kd["difference"]["all"]["low"] <= expected <= kd["difference"]["all"]["high"]
     assert kd["peak_memory_gib"] > 0.1
-    assert set(results["teacher"]) == {"val"}
+    assert set(results["teacher"]) == {"val", "test"}
     lines = list(csv.DictReader((output / "results.csv").open()))
     assert [(line["variant"], line["round"]) for line in lines] == list(rows)
     assert float(lines[0]["test_miou"]) > 0
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
-    assert "equal steps" in out
-    assert "equal seconds" in out
+    text = (output / "results.md").read_text()
+    for title in ("equal steps: mIoU", "equal seconds: mIoU"):
+        assert title in out
+        assert title in text
+    assert max(map(len, out[out.index("equal steps") :].splitlines()[:9])) <= 80  # a terminal's width
+    assert f"| plain | 2 | {helpers.STEPS} |" in text
 
 
 def test_everybody_gets_the_seconds_of_the_slowest(compared):

@@ -4,6 +4,7 @@
 
     results.json    everything: seeds, splits, classes, intervals, hardware
     results.csv     one line per variant and round
+    results.md      the tables, to paste
     results.png     test mIoU against seconds of training
 """
 
@@ -15,11 +16,13 @@ import hashlib
 import io
 import json
 import statistics
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -31,14 +34,14 @@ from gskd.comparison.statistics import Difference, class_iou, image_counts, mean
 from gskd.errors import GSKDError
 from gskd.pipeline import open_split
 from gskd.progress import Progress
-from gskd.run import device_of, inference_of
+from gskd.run import Run, device_of, inference_of
 
 RARE_SHARE = 0.01
 """A class is rare with less than this share of the labelled pixels of the split that is compared."""
 
 
 def write_tables(comparison: Comparison, console: Console) -> dict[str, Any]:
-    """Prints the table of what is finished, and writes ``results.json``, ``results.csv`` and ``results.png``.
+    """Prints the table of what is finished, and writes ``results.json``, ``results.csv``, ``results.md`` and ``.png``.
 
     Differences to the baseline are on the recipe's test split, else on val; see `paired_difference`.
 
@@ -83,8 +86,9 @@ def write_tables(comparison: Comparison, console: Console) -> dict[str, Any]:
     write_text(comparison.output / "results.json", json.dumps(results, indent=1))
     write_text(comparison.output / "results.csv", _csv(rows))
     _figure(rows, comparison.output / "results.png")
-    console.print(_table(results))
-    for file in ("results.json", "results.csv", "results.png"):
+    write_text(comparison.output / "results.md", _markdown(results))
+    _print(results, console)
+    for file in ("results.json", "results.csv", "results.md", "results.png"):
         console.print(str(comparison.output / file), markup=False, soft_wrap=True)
     return results
 
@@ -185,6 +189,9 @@ def _highest(values: Any) -> float | None:
 
 
 def _teacher(comparison: Comparison) -> dict[str, Any] | None:
+    own = Run(comparison.output / "teacher")
+    if comparison.teacher is not None and own.result.is_file():
+        return {split: score["miou"] for split, score in own.read_result()["best"].items()}
     for variant in comparison.variants:
         for seed in variant.seeds:
             cell = equal_steps_cell(comparison, variant, seed)
@@ -210,45 +217,77 @@ def _interval(difference: dict[str, float] | None, seeds: str = "") -> str:
 
 
 def _cells(row: dict[str, Any], split: str) -> dict[str, str]:
-    """A row of the table as text, by column."""
+    """A row of the tables as text, by column."""
     difference = row["difference"] or {}
     other = [name for name in row["miou"] if name != split]
     shared = len(row["difference_seeds"])
-    fewer = f" of {shared}" if shared < len(row["seeds"]) else ""
+    fewer = f" of {shared}" if 0 < shared < len(row["seeds"]) else ""
     return {
         "variant": row["variant"],
-        "seeds": str(len(row["seeds"])),
+        "n": str(len(row["seeds"])),
         "steps": str(row["steps"]),
-        **{f"{name} mIoU": _spread(row["miou"][name]) for name in other},
-        f"{split} mIoU": _spread(row["miou"][split]),
+        **{name: _spread(row["miou"][name]) for name in other},
+        split: _spread(row["miou"][split]),
         "difference [95 %]": _interval(difference.get("all"), fewer),
+        "s/step": f"{row['seconds_per_step']:.3f}",
+        "GiB": "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}",
         "rare classes": _interval(difference.get("rare")),
         "common classes": _interval(difference.get("common")),
-        "s per step": f"{row['seconds_per_step']:.3f}",
-        "min": f"{row['seconds'] / 60:.1f}",
-        "GiB": "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}",
     }
 
 
-def _table(results: dict[str, Any]) -> Table:
-    split = results["compared_on"]
-    teacher = results["teacher"]
-    title = f"best weights by val mIoU; difference to {results['baseline']} on {split}, points, over shared seeds"
-    if teacher:
-        title += "; teacher " + ", ".join(f"{name} {_points(value)}" for name, value in teacher.items())
-    table = Table(title=escape(title))
-    columns = list(_cells(results["rows"][0], split))
-    for column in columns:
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    headings = {"steps": "equal steps", "seconds": "equal seconds"}
-    for round_, heading in headings.items():
+_ROUNDS = {"steps": "equal steps", "seconds": "equal seconds"}
+_BY_FREQUENCY = ("rare classes", "common classes")
+_SECOND = ("variant", *_BY_FREQUENCY, "GiB")
+
+
+def _tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, columns and rows of each table: scores, and differences by how frequent a class is, for each round."""
+    split, baseline = results["compared_on"], results["baseline"]
+    for round_, title in _ROUNDS.items():
         rows = [row for row in results["rows"] if row["round"] == round_]
-        if rows:
-            table.add_section()
-            table.add_row(heading, *[""] * (len(columns) - 1), style="bold")
+        if not rows:
+            continue
+        texts = [_cells(row, split) for row in rows]
+        columns = [column for column in texts[0] if column == "variant" or column not in _SECOND]
+        yield (
+            f"{title}: mIoU, and difference to {baseline} on {split}",
+            columns,
+            [[text[column] for column in columns] for text in texts],
+        )
+        if any(row["difference"] and "rare" in row["difference"] for row in rows):
+            rare = ", ".join(rows[0]["rare"])
+            yield (
+                f"{title}: difference to {baseline} by frequency; rare are {rare}",
+                ["variant", *_BY_FREQUENCY],
+                [[text[column] for column in ("variant", *_BY_FREQUENCY)] for text in texts],
+            )
+
+
+def _caption(results: dict[str, Any]) -> str:
+    text = "points; best weights by val mIoU; n seeds, ± one standard deviation; intervals over shared seeds and images"
+    if results["teacher"]:
+        text += "; teacher " + ", ".join(f"{name} {_points(value)}" for name, value in results["teacher"].items())
+    return text
+
+
+def _print(results: dict[str, Any], console: Console) -> None:
+    for title, columns, rows in _tables(results):
+        table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+        for column in columns:
+            table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
         for row in rows:
-            table.add_row(*(escape(text) for text in _cells(row, split).values()))
-    return table
+            table.add_row(*map(escape, row))
+        console.print(table)
+    console.print(_caption(results), markup=False)
+
+
+def _markdown(results: dict[str, Any]) -> str:
+    parts = []
+    for title, columns, rows in _tables(results):
+        lines = [columns, ["---"] * len(columns), *rows]
+        parts.append("\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in lines)]))
+    return "\n\n".join([*parts, _caption(results)]) + "\n"
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
@@ -288,7 +327,10 @@ def _figure(rows: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["variant"] for row in rows))
     split = list(rows[0]["miou"])[-1]
     markers = "osD^v<>pPX*h"
+    own_steps = {row["variant"]: row["steps"] for row in rows if row["round"] == "steps"}
     for row in rows:
+        if row["round"] == "seconds" and row["steps"] == own_steps.get(row["variant"]):
+            continue  # the same runs
         scores = [100 * value for value in row["miou"][split].values() if value is not None]
         if not scores:
             continue
