@@ -1,14 +1,18 @@
 """A run that was killed and resumed ends as one that was not: the same bits in weights and optimiser."""
 
 import json
+import os
 import shutil
 import signal
 import time
 
 import pytest
 
+from gskd import trainer
+from gskd.metrics import ConfusionMatrix
 from gskd.recipe import load_recipe
 from gskd.run import Run
+from gskd.stops import EXIT_STOPPED
 from helpers import TERMS, assert_same_run, gskd, gskd_ok, scores, snapshot, spawn, steps, write_recipe
 
 STEPS = 6
@@ -202,6 +206,74 @@ def test_sigkill(recipe, tmp_path, workers):
     assert [record["step"] for record in steps(run)] == list(range(1, 13))
     gskd_ok("distill", recipe, f"output={tmp_path / 'whole'}", "train.steps=12")  # in one go, without workers
     assert_same_run(run, tmp_path / "whole")
+
+
+def send(number, patched, owner, name, call):
+    """Sends this process a signal in the ``call``-th call of a function, after which the function does its work."""
+    work, calls = getattr(owner, name), []
+
+    def signalled(*arguments, **options):
+        calls.append(name)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return work(*arguments, **options)
+
+    patched.setattr(owner, name, signalled)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_finishes_the_step_and_saves(recipe, whole, tmp_path, monkeypatch, number):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        send(number, patched, trainer, "_forward", 5)
+        stopped = gskd("distill", recipe, f"output={run}")
+    assert stopped.code == EXIT_STOPPED
+    assert "gskd: stopped at step 5 of 6, saved" in stopped.err
+    assert "--resume" in stopped.err
+    assert [record["step"] for record in steps(run)] == [1, 2, 3, 4, 5]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    said = gskd_ok("distill", recipe, f"output={run}", "--resume")
+    assert f"resumed at step 5 of {STEPS}" in said.out
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize(
+    ("call", "where"),
+    [
+        (2, "stopped while scoring"),  # the teacher, before the first step
+        (6, "stopped at step 3 of 6"),
+        (4 + 4 + 3, "stopped at step 6 of 6"),
+        (4 + 4 + 4 + 2, "stopped while scoring"),  # the best weights, at the end
+    ],
+)
+def test_asked_to_stop_while_it_scores(recipe, whole, tmp_path, monkeypatch, call, where):
+    """Four images a score; what was being scored is scored from the start when the run goes on, and only once."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        send(signal.SIGTERM, patched, ConfusionMatrix, "update", call)
+        stopped = gskd("distill", recipe, f"output={run}", "data.test=test")
+    assert (stopped.code, where in stopped.err) == (EXIT_STOPPED, True), stopped
+    assert not (run / "result.json").exists()
+    gskd_ok("distill", recipe, f"output={run}", "data.test=test", "--resume")
+    assert_same_run(run, whole)
+
+
+def test_asked_to_stop_where_a_step_would_be_scored(recipe, whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        send(signal.SIGTERM, patched, trainer, "_forward", 3)
+        assert "stopped at step 3" in gskd("distill", recipe, f"output={run}").err
+    assert scores(run) == []
+    gskd_ok("distill", recipe, f"output={run}", "--resume")
+    assert_same_run(run, whole)
+
+
+def test_asked_twice_it_stops_at_once(recipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        send(signal.SIGINT, patched, trainer, "_forward", 2)
+        send(signal.SIGINT, patched, trainer, "_values", 2)
+        stopped = gskd("distill", recipe, f"output={tmp_path / 'run'}")
+    assert stopped.code == 130
 
 
 def test_a_mistake_found_in_the_first_step_does_not_block_the_folder(recipe, tmp_path):

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gskd.errors import GSKDError
+from gskd.stops import EXIT_STOPPED, Stopped
 
 app = typer.Typer(
     name="gskd",
@@ -258,6 +259,10 @@ def main(arguments: list[str] | None = None) -> Any:
     except GSKDError as error:
         sys.stderr.write(f"gskd: {' '.join(str(error).split())}\n")
         sys.exit(2)
+    except Stopped as stopped:
+        where = f" at {stopped}" if str(stopped) else " while scoring"
+        sys.stderr.write(f"gskd: stopped{where}, saved; the same command goes on, train and distill with --resume\n")
+        sys.exit(EXIT_STOPPED)
     except SystemExit as error:
         if error.code == 130:  # what typer makes of Ctrl-C
             sys.stderr.write("gskd: stopped; the same command goes on, train and distill with --resume\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,10 +17,13 @@ from gskd.errors import GSKDError
 from gskd.metrics import ConfusionMatrix, Score
 from gskd.models import normalise
 from gskd.outputs import logits_of
+from gskd.stops import Stopped, StopRequest
 from gskd.taps import eval_mode
 
 DIVISOR = 32
 """Images are padded to a multiple of this, the deepest stride of the usual encoders, and logits cropped back."""
+
+_SAMPLES_BETWEEN_STOPS = 8
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def evaluate(
     dataset: SegmentationDataset,
     inference: Inference | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    stop: StopRequest | None = None,
 ) -> Score:
     """Scores a model on a whole dataset; several processes share the samples and all get the same score.
 
@@ -137,24 +141,34 @@ def evaluate(
         dataset: see `gskd.data.SegmentationDataset`.
         inference: how logits are made; by default the whole image once.
         on_progress: called as ``on_progress(done, total)`` after each sample of this process.
+        stop: looked at between samples.
 
     Raises:
         GSKDError: the model gives another number of classes than the dataset has.
+        Stopped: ``stop`` was requested, on any process.
     """
     inference = inference or Inference()
     device = next(model.parameters(), torch.zeros(())).device
     confusion = ConfusionMatrix(len(dataset.classes), device)
     mine = range(rank(), len(dataset), world_size())
-    for done, (predicted, label) in enumerate(predictions(model, dataset, inference, mine), 1):
-        confusion.update(predicted, label)
-        if on_progress is not None:
-            on_progress(done, len(mine))
+    found = predictions(model, dataset, inference, mine)
+    # Several processes ask each other, which waits for all: not at each sample, and all equally often.
+    often = 1 if world_size() == 1 else _SAMPLES_BETWEEN_STOPS
+    for turn in range(-(-len(dataset) // world_size())):
+        if stop is not None and turn % often == 0 and stop.agreed():
+            found.close()
+            raise Stopped
+        if turn < len(mine):
+            confusion.update(*next(found))
+            if on_progress is not None:
+                on_progress(turn + 1, len(mine))
+    found.close()
     return confusion.score()
 
 
 def predictions(
     model: nn.Module, dataset: SegmentationDataset, inference: Inference, indices: Iterable[int]
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor]]:
     """Predicted and true classes, (H, W) integers each, sample by sample.
 
     The model is in eval mode while this runs and left in the mode it was in.

@@ -25,6 +25,7 @@ from gskd.models import build_model, check_classes, count_parameters, load_weigh
 from gskd.progress import Progress
 from gskd.recipe import ModelRecipe, Recipe, TeacherRecipe, TermRecipe
 from gskd.run import Run, autocast_dtype, inference_of, without_pretraining
+from gskd.stops import StopRequest
 from gskd.taps import channels
 from gskd.trainer import build_accelerator, fit
 
@@ -54,6 +55,7 @@ def train_model(
     Raises:
         GSKDError: anything in recipe, data, models or run folder that the user must put right. Found before the run
             folder is touched, as far as it can be.
+        Stopped: SIGTERM or Ctrl-C came; what was done is saved, and ``resume`` goes on from there.
     """
     if distill and (recipe.teacher is None or not recipe.terms):
         raise GSKDError("distill: the recipe names no " + ("teacher" if recipe.teacher is None else "terms"))
@@ -98,7 +100,7 @@ def train_model(
         run.create(recipe, kind, train_data, recipe.teacher if distill else None)
     accelerator.wait_for_everyone()
 
-    with progress:
+    with progress, StopRequest() as stop:
         progress.say(
             f"{run.path}: {type(student).__name__} with {count_parameters(student) / 1e6:.2f} M parameters"
             f" on {accelerator.device}"
@@ -114,13 +116,13 @@ def train_model(
             layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
             teacher.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]
             counter = progress.counter(f"scoring the teacher on {recipe.data.val}")
-            teacher_score = evaluate(teacher, val_data, inference, counter)
+            teacher_score = evaluate(teacher, val_data, inference, counter, stop)
             progress.score(f"teacher on {recipe.data.val}", teacher_score)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # of scoring the teacher
         try:
             last, seconds = fit(
-                distiller, recipe, run, accelerator, train_data, val_data, progress, resume, teacher_model
+                distiller, recipe, run, accelerator, train_data, val_data, progress, resume, teacher_model, stop
             )
         except GSKDError:
             if accelerator.is_main_process:
@@ -128,7 +130,7 @@ def train_model(
             raise
         memory = _peak_memory()  # before scoring, which takes whole images
         accelerator.wait_for_everyone()  # the first process may still be writing the best weights
-        result = _final_scores(recipe, run, student, scored, last, progress)
+        result = _final_scores(recipe, run, student, scored, last, progress, stop)
     result |= {
         "best_step": run.best_step(),
         "parameters": count_parameters(student),
@@ -161,6 +163,7 @@ def _final_scores(
     scored: dict[str, SegmentationDataset],
     last: Score,
     progress: Progress,
+    stop: StopRequest,
 ) -> dict[str, Any]:
     """Scores of the last and the best weights; val picked the best, so only its test score is free of that choice."""
     inference = inference_of(recipe)
@@ -173,7 +176,7 @@ def _final_scores(
         for split, data in scored.items():
             if split not in scores[which]:
                 counter = progress.counter(f"scoring the {which} weights on {split}")
-                scores[which][split] = evaluate(student, data, inference, counter)
+                scores[which][split] = evaluate(student, data, inference, counter, stop)
             progress.score(f"{which} weights on {split}", scores[which][split])
     classes = scored[recipe.data.val].classes
     return {which: {split: s.to_dict(classes) for split, s in by.items()} for which, by in scores.items()}

@@ -208,13 +208,15 @@ class Run:
         except OSError as error:
             raise GSKDError(f"{self.metrics}: cannot be written: {error.strerror or error}") from None
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Forgets the lines of steps that a resumed run will do again."""
+    def drop_metrics_after(self, step: int, and_its_score: bool = False) -> None:
+        """Forgets the lines of steps that a resumed run will do again; with a flag, also the score of the last one."""
         if self.metrics.is_file():
             kept = []
             for line in self.metrics.read_text(encoding="utf-8").splitlines():
                 try:
-                    if json.loads(line)["step"] <= step:
+                    record = json.loads(line)
+                    scored_again = and_its_score and "split" in record and record["step"] == step
+                    if record["step"] <= step and not scored_again:
                         kept.append(line + "\n")
                 except (ValueError, KeyError, TypeError):
                     continue  # the line a kill cut short

@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from gskd.models import normalise, save_weights
 from gskd.progress import Progress
 from gskd.recipe import ModelRecipe, OptimizerName, Precision, Recipe, ScheduleName, TrainRecipe
 from gskd.run import Run, inference_of
+from gskd.stops import Stopped, StopRequest, ignore_stops
+
+_STEPS_BETWEEN_STOPS = 5
 
 
 def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
@@ -103,6 +106,7 @@ def fit(
     progress: Progress,
     resume: bool = False,
     teacher_model: ModelRecipe | None = None,
+    stop: StopRequest | None = None,
 ) -> tuple[Score, float]:
     """Trains until ``recipe.train.steps``.
 
@@ -117,9 +121,14 @@ def fit(
         progress: where lines for people go.
         resume: continue from the newest valid checkpoint.
         teacher_model: whose mean and std the teacher wants; by default the student's.
+        stop: looked at after each step and while scoring.
 
     Returns:
         The last score on the val split, and the seconds of training alone, scoring left out, over all resumed parts.
+
+    Raises:
+        GSKDError: the loss is not finite, or something does not fit.
+        Stopped: ``stop`` was requested; a checkpoint of the last step is written.
     """
     train, student = recipe.train, distiller.student
     main = accelerator.is_main_process
@@ -129,7 +138,8 @@ def fit(
     if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
         distiller.student = student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
     optimizer = build_optimizer(distiller, train)
-    first_step, best, seconds_before = 0, -1.0, 0.0
+    first_step, best, seconds_before, score_is_due = 0, -1.0, 0.0, False
+    stop = stop or StopRequest()
     if resume:
         checkpoint, damaged = latest_checkpoint(run.checkpoints)
         for line in damaged:
@@ -138,10 +148,11 @@ def fit(
             restore(checkpoint, distiller, optimizer)
             first_step, best = checkpoint.step, float(checkpoint.state["best"])
             seconds_before = float(checkpoint.state["seconds"])
+            score_is_due = not checkpoint.state.get("scored", True)
             if accelerator.scaler is not None and checkpoint.state.get("scaler"):
                 accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         if main:
-            run.drop_metrics_after(first_step)
+            run.drop_metrics_after(first_step, and_its_score=score_is_due)
         progress.say(f"resumed at step {first_step} of {train.steps}")
     model, prepared = accelerator.prepare(distiller, optimizer)
     model.train()
@@ -152,6 +163,38 @@ def fit(
     inference = inference_of(recipe)
     score: Score | None = None
     started = time.perf_counter() - seconds_before
+
+    def score_now(done: int) -> Score:
+        nonlocal best, started
+        paused = time.perf_counter()
+        _agree_on_buffers(student, accelerator)
+        counter = progress.counter(f"step {done}: scoring {recipe.data.val}")
+        found = evaluate(student, val_data, inference, counter, stop)
+        is_best = found.miou > best or math.isnan(found.miou)  # a split without labels still leaves weights
+        if main:
+            run.add_metrics({"step": done, "split": recipe.data.val, **found.to_dict(val_data.classes)})
+            if is_best:
+                save_weights(student, run.student, {"step": str(done)})
+        best = max(best, found.miou)
+        accelerator.log({f"{recipe.data.val}/miou": found.miou}, step=done)
+        progress.score(f"step {done} {recipe.data.val}", found, best=is_best)
+        started += time.perf_counter() - paused  # throughput is that of training alone
+        return found
+
+    def save(done: int, scored: bool = True) -> None:
+        if main:
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            seconds = time.perf_counter() - started
+            state = {"best": best, "seconds": seconds, "scaler": scaler, "scored": scored}
+            save_checkpoint(run.checkpoints, done, distiller, optimizer, state, train.keep)
+
+    def stop_here(done: int, scored: bool) -> NoReturn:
+        save(done, scored)
+        accelerator.wait_for_everyone()  # a launcher ends all when the first one ends
+        raise Stopped(f"step {done} of {train.steps}") from None
+
+    if score_is_due:  # it was stopped while it scored this step
+        score = score_now(first_step)
     for step in range(first_step, train.steps):
         seed_step(recipe.seed, step, accelerator.process_index)
         rate = train.lr * learning_rate_factor(step, train)
@@ -190,26 +233,20 @@ def fit(
                 run.add_metrics(record)
             accelerator.log(_flat(record), step=done)
             progress.step(record, train.steps)
-        if done % recipe.eval.every == 0 or done == train.steps:
-            paused = time.perf_counter()
-            _agree_on_buffers(student, accelerator)
-            score = evaluate(student, val_data, inference, progress.counter(f"step {done}: scoring {recipe.data.val}"))
-            is_best = score.miou > best or math.isnan(score.miou)  # a split without labels still leaves weights
-            if main:
-                run.add_metrics({"step": done, "split": recipe.data.val, **score.to_dict(val_data.classes)})
-                if is_best:
-                    save_weights(student, run.student, {"step": str(done)})
-            best = max(best, score.miou)
-            accelerator.log({f"{recipe.data.val}/miou": score.miou}, step=done)
-            progress.score(f"step {done} {recipe.data.val}", score, best=is_best)
-            started += time.perf_counter() - paused  # throughput is that of training alone
-        if main and (done % train.checkpoint_every == 0 or done == train.steps):
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            state = {"best": best, "seconds": time.perf_counter() - started, "scaler": scaler}
-            save_checkpoint(run.checkpoints, done, distiller, optimizer, state, train.keep)
+        scoring = done % recipe.eval.every == 0 or done == train.steps
+        # Several processes ask each other, which waits for all of them.
+        if (accelerator.num_processes == 1 or done % _STEPS_BETWEEN_STOPS == 0 or scoring) and stop.agreed():
+            stop_here(done, scored=not scoring)
+        if scoring:
+            try:
+                score = score_now(done)
+            except Stopped:
+                stop_here(done, scored=False)
+        if done % train.checkpoint_every == 0 or done == train.steps:
+            save(done)
     seconds = time.perf_counter() - started
     # Nothing was left to train when a run is resumed that lacks its result only: the score is measured again.
-    return score if score is not None else evaluate(student, val_data, inference), seconds
+    return score if score is not None else evaluate(student, val_data, inference, stop=stop), seconds
 
 
 def _values(result: Distillation) -> tuple[float, dict[str, dict[str, float]]]:
@@ -261,6 +298,7 @@ def _loader(recipe: Recipe, data: SegmentationDataset, accelerator: Any, first_s
         sampler=PositionSampler(train.batch, first_step, train.steps, accelerator.process_index, processes),
         num_workers=recipe.data.workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=ignore_stops,
         generator=torch.Generator(),  # else the loader draws its workers' seed from the generator of the training step
     )
 
