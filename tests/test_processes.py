@@ -1,8 +1,11 @@
 """Two processes: the command line under torchrun, and the distiller under DistributedDataParallel."""
 
 import json
+import signal
 import socket
+import time
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -104,6 +107,30 @@ def test_accelerate_launch(tiny, tmp_path):
     code, _, err = finished(spawn("train", tiny.recipe, f"output={run}", launcher=launcher))
     assert code == 0, err
     assert_same_run(run, tiny.plain)
+
+
+@pytest.mark.slow
+def test_all_processes_stop_when_one_is_asked_to(two, tiny, tmp_path):
+    """And the run that goes on from there ends as one that was never stopped."""
+    run, long = tmp_path / "run", ["train.steps=60", "eval.every=100", "train.checkpoint_every=100"]
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port()}", "-m", "gskd.cli")
+    process = spawn("distill", tiny.recipe, f"output={run}", *long, launcher=launcher)
+    deadline = time.monotonic() + 200
+    while not (run / "metrics.jsonl").is_file() or len((run / "metrics.jsonl").read_bytes().splitlines()) < 4:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children()
+    next(worker for worker in workers if worker.environ().get("RANK") == "1").send_signal(signal.SIGTERM)
+    code, _, err = finished(process)
+    assert code != 0
+    assert err.count("gskd: stopped at step") == 2
+    stopped = json.loads(next((run / "checkpoints").glob("step-*/manifest.json")).read_text())["step"]
+    assert stopped % 5 == 0
+    code, out, err = torchrun("distill", tiny.recipe, f"output={run}", *long, "--resume")
+    assert (code, f"resumed at step {stopped}" in out) == (0, True), err
+    assert torchrun("distill", tiny.recipe, f"output={tmp_path / 'whole'}", *long)[0] == 0
+    assert_same_run(run, tmp_path / "whole")
 
 
 # --- the distiller under DistributedDataParallel ---
