@@ -323,6 +323,8 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for name in ("steps", "batch", "accumulate", "lr", "log_every", "checkpoint_every", "keep"):
         if getattr(train, name) <= 0:
             yield f"train.{name}", f"expected more than 0, got {getattr(train, name)}"
+    if train.max_skipped < 0:
+        yield "train.max_skipped", f"expected 0 or more, got {train.max_skipped}"
     if train.threads is not None and train.threads < 1:
         yield "train.threads", f"expected at least 1 or null, got {train.threads}"
     if train.accumulate > 0 and train.batch % train.accumulate:

@@ -131,6 +131,9 @@ class TrainRecipe:
     """Share of the steps over which the rate rises."""
     clip: float | None = None
     """Largest norm of the gradient; by default it is left as it is."""
+    max_skipped: int = 10
+    """Steps whose gradient is not finite are skipped and named, at most this many; one more, or three in a row, ends
+    the run. 0 ends it at the first."""
     precision: Precision = Precision.fp32
     channels_last: bool = False
     device: str = "auto"

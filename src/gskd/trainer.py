@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from gskd.checkpoint import latest_checkpoint, restore, save_checkpoint
 from gskd.data import SegmentationDataset
-from gskd.data.views import Augmentation, PositionSampler, TrainingViews
+from gskd.data.views import Augmentation, PositionSampler, TrainingViews, sample_at
 from gskd.distiller import Distillation, Distiller
 from gskd.distributed import sum_over_processes, world_size
 from gskd.errors import GSKDError
@@ -28,6 +28,7 @@ from gskd.models import normalise, save_weights
 from gskd.progress import Progress
 from gskd.recipe import ModelRecipe, OptimizerName, Precision, Recipe, ScheduleName, TrainRecipe
 from gskd.run import Run, inference_of
+from gskd.step_guard import StepGuard, explain
 from gskd.stops import Stopped, StopRequest, ignore_stops
 
 _STEPS_BETWEEN_STOPS = 5
@@ -138,7 +139,7 @@ def fit(
     if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
         distiller.student = student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
     optimizer = build_optimizer(distiller, train)
-    first_step, best, seconds_before, score_is_due = 0, -1.0, 0.0, False
+    first_step, best, seconds_before, score_is_due, skipped = 0, -1.0, 0.0, False, 0
     stop = stop or StopRequest()
     if resume:
         checkpoint, damaged = latest_checkpoint(run.checkpoints)
@@ -149,6 +150,7 @@ def fit(
             first_step, best = checkpoint.step, float(checkpoint.state["best"])
             seconds_before = float(checkpoint.state["seconds"])
             score_is_due = not checkpoint.state.get("scored", True)
+            skipped = int(checkpoint.state.get("skipped", 0))
             if accelerator.scaler is not None and checkpoint.state.get("scaler"):
                 accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         if main:
@@ -156,6 +158,7 @@ def fit(
         progress.say(f"resumed at step {first_step} of {train.steps}")
     model, prepared = accelerator.prepare(distiller, optimizer)
     model.train()
+    guard = StepGuard(distiller, train.max_skipped, skipped)
     if train.tensorboard:
         accelerator.init_trackers("tensorboard")
 
@@ -185,7 +188,13 @@ def fit(
         if main:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             seconds = time.perf_counter() - started
-            state = {"best": best, "seconds": seconds, "scaler": scaler, "scored": scored}
+            state = {
+                "best": best,
+                "seconds": seconds,
+                "scaler": scaler,
+                "scored": scored,
+                "skipped": guard.skipped,
+            }
             save_checkpoint(run.checkpoints, done, distiller, optimizer, state, train.keep)
 
     def stop_here(done: int, scored: bool) -> NoReturn:
@@ -200,6 +209,7 @@ def fit(
         rate = train.lr * learning_rate_factor(step, train)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        guard.before_forward()
         for round_ in range(train.accumulate):
             images, labels = (x.to(accelerator.device, non_blocking=True) for x in _next(batches))
             inputs = _normalised(images, recipe.model, teacher_model, train.channels_last)
@@ -209,17 +219,31 @@ def fit(
                 accelerator.backward(result.loss / train.accumulate)
         if step == first_step and accelerator.num_processes > 1:
             _check_all_used(distiller)
-        if train.clip is not None:
+        done = step + 1
+        taken = guard.gradient_is_finite()
+        if not taken:
+            guard.undo_forward()
+            loss, terms = _values(result)
+            # A loss scaler finds its scale by steps that overflow; only where the loss itself is bad is it a mistake.
+            if accelerator.scaler is None or not math.isfinite(loss) or accelerator.scaler.get_scale() < 1:
+                samples = _samples(train_data, recipe, step)
+                if guard.count():
+                    reason = explain(terms, student, inputs[0], samples, guard.skipped)
+                    raise GSKDError(f"step {done}: {reason}")
+                progress.say(f"step {done} is skipped: its gradient is not finite; samples {', '.join(samples)}")
+                if main:
+                    run.add_metrics({"step": done, "skipped": samples})
+        elif train.clip is not None:
             accelerator.clip_grad_norm_(model.parameters(), train.clip)
-        prepared.step()
+        if taken or accelerator.scaler is not None:  # which leaves a bad step out itself, and learns from it
+            prepared.step()
         prepared.zero_grad()
 
-        done = step + 1
-        if done % train.log_every == 0 or done == train.steps:
+        if taken and (done % train.log_every == 0 or done == train.steps):
             loss, terms = _values(result)
             if not math.isfinite(loss):
-                values = ", ".join(f"{name} {value['raw']:.4g}" for name, value in terms.items())
-                raise GSKDError(f"step {done}: the loss is {loss} ({values}); a lower train.lr or train.clip may help")
+                reason = explain(terms, student, inputs[0], _samples(train_data, recipe, step), guard.skipped)
+                raise GSKDError(f"step {done}: the loss is {loss}; {reason}")
             pace = max(time.perf_counter() - started, 1e-9) / done
             record = {
                 "step": done,
@@ -247,6 +271,12 @@ def fit(
     seconds = time.perf_counter() - started
     # Nothing was left to train when a run is resumed that lacks its result only: the score is measured again.
     return score if score is not None else evaluate(student, val_data, inference, stop=stop), seconds
+
+
+def _samples(data: SegmentationDataset, recipe: Recipe, step: int) -> list[str]:
+    """Names of the samples of a step, of all processes."""
+    positions = range(step * recipe.train.batch, (step + 1) * recipe.train.batch)
+    return [data.name(sample_at(recipe.seed, position, len(data))[0]) for position in positions]
 
 
 def _values(result: Distillation) -> tuple[float, dict[str, dict[str, float]]]:

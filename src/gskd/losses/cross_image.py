@@ -155,7 +155,9 @@ class MemoryBank(nn.Module):
             vectors: (A, C); the same A on every process. Stored with length 1.
             labels: (A,) int64, the class of each; negative ones are left out.
         """
-        vectors, labels = gather_with_grad(unit_length(promote(vectors), dim=1)), gather_with_grad(labels)
+        labels = torch.where(vectors.isfinite().all(dim=1), labels, -1)  # a bad step must not stay here for good
+        vectors = unit_length(torch.where(labels.unsqueeze(1) >= 0, promote(vectors), 0.0), dim=1)
+        vectors, labels = gather_with_grad(vectors), gather_with_grad(labels)
         classes = self.written.shape[0]
         member = F.one_hot(torch.where(labels >= 0, labels, classes), classes + 1)[:, :classes]
         rank = (member.cumsum(dim=0) * member).sum(dim=1) - 1  # the how-manieth of its class
