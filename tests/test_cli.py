@@ -73,11 +73,11 @@ def test_the_student_file_holds_the_student_alone(tiny):
     student = load_file(tiny.distilled / "student.safetensors")
     assert student.keys() == build_model(TINY_UNET["name"], TINY_UNET["args"], 11).state_dict().keys()
     checkpoint = load_file(tiny.distilled / "checkpoints" / "step-00000004" / "model.safetensors")
-    others = {key for key in checkpoint if not key.startswith("student.")}
-    assert others == {
-        "losses.mse.projector.weight",
-        "losses.mse.projector.bias",
-    }  # no teacher
+    others = {key.removeprefix("losses.") for key in checkpoint if not key.startswith("student.")}  # no teacher
+    memory = {f"memory.{bank}.{part}" for bank in ("pixels", "regions") for part in ("rows", "written")}
+    projector = {key for key in others if key.startswith("memory.projector.")}
+    assert len(projector) == 7
+    assert others - projector == {"mse.projector.weight", "mse.projector.bias", *memory}
 
 
 def test_result_has_best_last_and_teacher(tiny):

@@ -265,6 +265,8 @@ def _build_terms(
         args = {key: value for key, value in filled.items() if key in known} | spec.args
         try:
             loss = loss_types[name](**args)
+        except GSKDError as error:
+            raise GSKDError(f"terms.{name}.args: {error}") from None
         except TypeError as error:
             raise GSKDError(f"terms.{name}.args: {spec.loss or name} refuses {args}: {error}") from None
         terms[name] = Term(loss, spec.weight, layers["student"][name], layers["teacher"][name])

@@ -165,7 +165,8 @@ class Run:
 
         Where things stand, how data are loaded, how much is computed at a time and how often it reports may change.
         """
-        if differing := _differences(_core(self.load_recipe()), _core(recipe)):
+        alone = self.info().get("kind") == "train"  # then teacher and terms were left out
+        if differing := _differences(_core(self.load_recipe(), alone), _core(recipe, alone)):
             raise GSKDError(f"run {self.path}: was begun with another recipe: " + "; ".join(differing[:3]))
 
     def check_teacher(self, teacher: TeacherRecipe) -> None:
@@ -287,8 +288,10 @@ def _weights_hash(teacher: TeacherRecipe) -> str | None:
         return None
 
 
-def _core(recipe: Recipe) -> dict[str, Any]:
+def _core(recipe: Recipe, alone: bool) -> dict[str, Any]:
     """What makes a run what it is."""
+    if alone:
+        recipe = replace(recipe, teacher=None, terms={})
     train = replace(recipe.train, log_every=1, checkpoint_every=1, keep=1, tensorboard=True, threads=None)
     data = replace(recipe.data, workers=0, cache_gib=0.0, root=None)
     model, teacher = replace(recipe.model, weights=None), recipe.teacher

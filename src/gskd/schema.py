@@ -23,7 +23,7 @@ class OptimizerName(StrEnum):
 
 
 class ScheduleName(StrEnum):
-    """How the learning rate moves: see `gskd.trainer.learning_rate_factor`."""
+    """How the learning rate moves: see `gskd.optimization.learning_rate_factor`."""
 
     poly = "poly"
     onecycle = "onecycle"

@@ -25,45 +25,14 @@ from gskd.errors import GSKDError
 from gskd.evaluation import evaluate
 from gskd.metrics import Score
 from gskd.models import normalise, save_weights
+from gskd.optimization import build_optimizer, learning_rate_factor
 from gskd.progress import Progress
-from gskd.recipe import ModelRecipe, OptimizerName, Precision, Recipe, ScheduleName, TrainRecipe
+from gskd.recipe import ModelRecipe, Precision, Recipe, TrainRecipe
 from gskd.run import Run, inference_of
 from gskd.step_guard import StepGuard, explain
 from gskd.stops import Stopped, StopRequest, ignore_stops
 
 _STEPS_BETWEEN_STOPS = 5
-
-
-def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
-    """The share of the peak learning rate at a step, counted from 0.
-
-    ``onecycle`` (Smith and Topin 2018, arXiv 1708.07120, cosine form): from 1/25 up to 1 over the warm-up, then down to
-    1/250000. ``poly``: up from 1/1000 over the warm-up, then (1 - t) ** 0.9. ``constant``: up, then 1.
-    """
-    warmup = round(recipe.warmup * recipe.steps)
-    start = {ScheduleName.onecycle: 1 / 25, ScheduleName.poly: 1e-3, ScheduleName.constant: 1e-3}[recipe.schedule]
-    if step < warmup:
-        t = step / warmup
-        rise = (1 - math.cos(math.pi * t)) / 2 if recipe.schedule == ScheduleName.onecycle else t
-        return start + (1 - start) * rise
-    t = (step - warmup) / max(1, recipe.steps - warmup)
-    if recipe.schedule == ScheduleName.onecycle:
-        end = 1 / 250_000
-        return end + (1 - end) * (1 + math.cos(math.pi * t)) / 2
-    return (1 - t) ** 0.9 if recipe.schedule == ScheduleName.poly else 1.0
-
-
-def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
-    """AdamW or SGD with Nesterov momentum; no weight decay on biases and normalisation (1-D parameters)."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
-        raise GSKDError("model: has no parameter that can be trained")
-    if recipe.optimizer == OptimizerName.adamw:
-        return torch.optim.AdamW(groups, lr=recipe.lr)
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
@@ -128,149 +97,194 @@ def fit(
         The last score on the val split, and the seconds of training alone, scoring left out, over all resumed parts.
 
     Raises:
-        GSKDError: the loss is not finite, or something does not fit.
+        GSKDError: too many steps without a finite gradient, or something does not fit.
         Stopped: ``stop`` was requested; a checkpoint of the last step is written.
     """
-    train, student = recipe.train, distiller.student
-    main = accelerator.is_main_process
-    if train.channels_last:
-        distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    distiller.to(accelerator.device)
-    if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
-        distiller.student = student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
-    optimizer = build_optimizer(distiller, train)
-    first_step, best, seconds_before, score_is_due, skipped = 0, -1.0, 0.0, False, 0
-    stop = stop or StopRequest()
-    if resume:
-        checkpoint, damaged = latest_checkpoint(run.checkpoints)
+    loop = _Loop(distiller, recipe, run, accelerator, train_data, val_data, progress, teacher_model, stop)
+    return loop.run_from(loop.restore() if resume else 0)
+
+
+class _Loop:
+    """The state of one training, and what is done with it at each step."""
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        recipe: Recipe,
+        run: Run,
+        accelerator: Any,
+        train_data: SegmentationDataset,
+        val_data: SegmentationDataset,
+        progress: Progress,
+        teacher_model: ModelRecipe | None,
+        stop: StopRequest | None,
+    ) -> None:
+        self.distiller, self.recipe, self.folder, self.accelerator = distiller, recipe, run, accelerator
+        self.train_data, self.val_data, self.progress = train_data, val_data, progress
+        self.teacher_model, self.stop = teacher_model, stop or StopRequest()
+        if recipe.train.channels_last:
+            distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        distiller.to(accelerator.device)
+        if accelerator.device.type == "cuda" and accelerator.num_processes > 1:
+            distiller.student = nn.SyncBatchNorm.convert_sync_batchnorm(distiller.student)  # type: ignore[no-untyped-call]
+        self.optimizer = build_optimizer(distiller, recipe.train)
+        self.guard = StepGuard(distiller, recipe.train.max_skipped)
+        self.best = -1.0
+        self.score_is_due = False
+        self.seconds = 0.0
+        """Of training alone, up to the last time the clock was stopped."""
+
+    def restore(self) -> int:
+        """Loads the newest valid checkpoint, and gives the steps done."""
+        checkpoint, damaged = latest_checkpoint(self.folder.checkpoints)
         for line in damaged:
-            progress.say(line)
+            self.progress.say(line)
+        step = 0
         if checkpoint is not None:
-            restore(checkpoint, distiller, optimizer)
-            first_step, best = checkpoint.step, float(checkpoint.state["best"])
-            seconds_before = float(checkpoint.state["seconds"])
-            score_is_due = not checkpoint.state.get("scored", True)
-            skipped = int(checkpoint.state.get("skipped", 0))
-            if accelerator.scaler is not None and checkpoint.state.get("scaler"):
-                accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
-        if main:
-            run.drop_metrics_after(first_step, and_its_score=score_is_due)
-        progress.say(f"resumed at step {first_step} of {train.steps}")
-    model, prepared = accelerator.prepare(distiller, optimizer)
-    model.train()
-    guard = StepGuard(distiller, train.max_skipped, skipped)
-    if train.tensorboard:
-        accelerator.init_trackers("tensorboard")
+            restore(checkpoint, self.distiller, self.optimizer)
+            step, state = checkpoint.step, checkpoint.state
+            self.best, self.seconds = float(state["best"]), float(state["seconds"])
+            self.score_is_due = not state.get("scored", True)
+            self.guard.skipped = int(state.get("skipped", 0))
+            if self.accelerator.scaler is not None and state.get("scaler"):
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.accelerator.is_main_process:
+            self.folder.drop_metrics_after(step, and_its_score=self.score_is_due)
+        self.progress.say(f"resumed at step {step} of {self.recipe.train.steps}")
+        return step
 
-    batches = iter(_loader(recipe, train_data, accelerator, first_step))
-    inference = inference_of(recipe)
-    score: Score | None = None
-    started = time.perf_counter() - seconds_before
+    def run_from(self, first_step: int) -> tuple[Score, float]:
+        """All steps that are left; see `fit` for what it returns and raises."""
+        train, every = self.recipe.train, self.recipe.eval.every
+        model, prepared = self.accelerator.prepare(self.distiller, self.optimizer)
+        model.train()
+        if train.tensorboard:
+            self.accelerator.init_trackers("tensorboard")
+        batches = iter(_loader(self.recipe, self.train_data, self.accelerator, first_step))
+        score: Score | None = None
+        if self.score_is_due:  # it was stopped while it scored this step
+            score = self.score(first_step)
+        started = time.perf_counter() - self.seconds
+        for step in range(first_step, train.steps):
+            done = step + 1
+            result = self.take_step(step, model, prepared, batches)
+            if step == first_step and self.accelerator.num_processes > 1:
+                _check_all_used(self.distiller)
+            prepared.zero_grad()
+            self.seconds = time.perf_counter() - started
+            if result is not None and (done % train.log_every == 0 or done == train.steps):
+                self.report(done, result)
+            scoring = done % every == 0 or done == train.steps
+            # Several processes ask each other, which waits for all of them.
+            asking = self.accelerator.num_processes == 1 or done % _STEPS_BETWEEN_STOPS == 0 or scoring
+            if asking and self.stop.agreed():
+                self.stop_here(done, scored=not scoring)
+            if scoring:
+                try:
+                    score = self.score(done)
+                except Stopped:
+                    self.stop_here(done, scored=False)
+            if done % train.checkpoint_every == 0 or done == train.steps:
+                self.save(done)
+            if scoring:
+                started = time.perf_counter() - self.seconds  # throughput is that of training alone
+        if score is None:  # a run is resumed that lacks its result only
+            score = evaluate(self.distiller.student, self.val_data, inference_of(self.recipe), stop=self.stop)
+        return score, self.seconds
 
-    def score_now(done: int) -> Score:
-        nonlocal best, started
-        paused = time.perf_counter()
-        _agree_on_buffers(student, accelerator)
-        counter = progress.counter(f"step {done}: scoring {recipe.data.val}")
-        found = evaluate(student, val_data, inference, counter, stop)
-        is_best = found.miou > best or math.isnan(found.miou)  # a split without labels still leaves weights
-        if main:
-            run.add_metrics({"step": done, "split": recipe.data.val, **found.to_dict(val_data.classes)})
-            if is_best:
-                save_weights(student, run.student, {"step": str(done)})
-        best = max(best, found.miou)
-        accelerator.log({f"{recipe.data.val}/miou": found.miou}, step=done)
-        progress.score(f"step {done} {recipe.data.val}", found, best=is_best)
-        started += time.perf_counter() - paused  # throughput is that of training alone
-        return found
-
-    def save(done: int, scored: bool = True) -> None:
-        if main:
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            seconds = time.perf_counter() - started
-            state = {
-                "best": best,
-                "seconds": seconds,
-                "scaler": scaler,
-                "scored": scored,
-                "skipped": guard.skipped,
-            }
-            save_checkpoint(run.checkpoints, done, distiller, optimizer, state, train.keep)
-
-    def stop_here(done: int, scored: bool) -> NoReturn:
-        save(done, scored)
-        accelerator.wait_for_everyone()  # a launcher ends all when the first one ends
-        raise Stopped(f"step {done} of {train.steps}") from None
-
-    if score_is_due:  # it was stopped while it scored this step
-        score = score_now(first_step)
-    for step in range(first_step, train.steps):
-        seed_step(recipe.seed, step, accelerator.process_index)
-        rate = train.lr * learning_rate_factor(step, train)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        guard.before_forward()
+    def take_step(self, step: int, model: nn.Module, prepared: Any, batches: Iterator[Any]) -> Distillation | None:
+        """Forward, backward and update; None where the gradient is not finite and the step is skipped."""
+        train, accelerator = self.recipe.train, self.accelerator
+        seed_step(self.recipe.seed, step, accelerator.process_index)
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.lr * learning_rate_factor(step, train)
+        self.guard.before_forward()
         for round_ in range(train.accumulate):
             images, labels = (x.to(accelerator.device, non_blocking=True) for x in _next(batches))
-            inputs = _normalised(images, recipe.model, teacher_model, train.channels_last)
+            inputs = _normalised(images, self.recipe.model, self.teacher_model, train.channels_last)
             last_round = round_ == train.accumulate - 1
             with contextlib.nullcontext() if last_round else accelerator.no_sync(model):
-                result = _forward(model, inputs, labels)
+                result: Distillation = _forward(model, inputs, labels)
                 accelerator.backward(result.loss / train.accumulate)
-        if step == first_step and accelerator.num_processes > 1:
-            _check_all_used(distiller)
-        done = step + 1
-        taken = guard.gradient_is_finite()
-        if not taken:
-            guard.undo_forward()
-            loss, terms = _values(result)
-            # A loss scaler finds its scale by steps that overflow; only where the loss itself is bad is it a mistake.
-            if accelerator.scaler is None or not math.isfinite(loss) or accelerator.scaler.get_scale() < 1:
-                samples = _samples(train_data, recipe, step)
-                if guard.count():
-                    reason = explain(terms, student, inputs[0], samples, guard.skipped)
-                    raise GSKDError(f"step {done}: {reason}")
-                progress.say(f"step {done} is skipped: its gradient is not finite; samples {', '.join(samples)}")
-                if main:
-                    run.add_metrics({"step": done, "skipped": samples})
-        elif train.clip is not None:
+        if not self.guard.gradient_is_finite():
+            self.guard.undo_forward()
+            self.skip(step, result, inputs[0])
+            if accelerator.scaler is not None:
+                prepared.step()  # leaves the step out itself, and learns its scale from it
+            return None
+        if train.clip is not None:
             accelerator.clip_grad_norm_(model.parameters(), train.clip)
-        if taken or accelerator.scaler is not None:  # which leaves a bad step out itself, and learns from it
-            prepared.step()
-        prepared.zero_grad()
+        prepared.step()
+        return result
 
-        if taken and (done % train.log_every == 0 or done == train.steps):
-            loss, terms = _values(result)
-            if not math.isfinite(loss):
-                reason = explain(terms, student, inputs[0], _samples(train_data, recipe, step), guard.skipped)
-                raise GSKDError(f"step {done}: the loss is {loss}; {reason}")
-            pace = max(time.perf_counter() - started, 1e-9) / done
-            record = {
-                "step": done,
-                "loss": loss,
-                "terms": terms,
-                "lr": rate,
-                "seconds_per_step": pace,
-                "images_per_s": train.batch / pace,
+    def skip(self, step: int, result: Distillation, images: Tensor) -> None:
+        """Counts and names a step without a finite gradient."""
+        loss, terms = _values(result)
+        scaler = self.accelerator.scaler
+        if scaler is not None and math.isfinite(loss) and scaler.get_scale() >= 1:
+            return  # a loss scaler finds its scale by steps that overflow
+        samples = _samples(self.train_data, self.recipe, step)
+        if self.guard.count():
+            reason = explain(terms, self.distiller.student, images, samples, self.guard.skipped)
+            raise GSKDError(f"step {step + 1}: {reason}")
+        self.progress.say(f"step {step + 1} is skipped: its gradient is not finite; samples {', '.join(samples)}")
+        if self.accelerator.is_main_process:
+            self.folder.add_metrics({"step": step + 1, "skipped": samples})
+
+    def report(self, done: int, result: Distillation) -> None:
+        """Loss, terms, rate and pace: to the metrics, the trackers and the progress line."""
+        loss, terms = _values(result)
+        if not math.isfinite(loss):  # with a finite gradient, or it had been skipped
+            values = ", ".join(f"{name} {value['raw']:.4g}" for name, value in terms.items())
+            raise GSKDError(f"step {done}: the loss is {loss} ({values}); a lower train.lr or train.clip may help")
+        pace = max(self.seconds, 1e-9) / done
+        record = {
+            "step": done,
+            "loss": loss,
+            "terms": terms,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds_per_step": pace,
+            "images_per_s": self.recipe.train.batch / pace,
+        }
+        if self.accelerator.is_main_process:
+            self.folder.add_metrics(record)
+        self.accelerator.log(_flat(record), step=done)
+        self.progress.step(record, self.recipe.train.steps)
+
+    def score(self, done: int) -> Score:
+        """Scores the val split, and keeps the weights where they are the best so far."""
+        split, student = self.recipe.data.val, self.distiller.student
+        _agree_on_buffers(student, self.accelerator)
+        counter = self.progress.counter(f"step {done}: scoring {split}")
+        score = evaluate(student, self.val_data, inference_of(self.recipe), counter, self.stop)
+        is_best = score.miou > self.best or math.isnan(score.miou)  # a split without labels still leaves weights
+        if self.accelerator.is_main_process:
+            self.folder.add_metrics({"step": done, "split": split, **score.to_dict(self.val_data.classes)})
+            if is_best:
+                save_weights(student, self.folder.student, {"step": str(done)})
+        self.best = max(self.best, score.miou)
+        self.accelerator.log({f"{split}/miou": score.miou}, step=done)
+        self.progress.score(f"step {done} {split}", score, best=is_best)
+        return score
+
+    def save(self, done: int, scored: bool = True) -> None:
+        """Writes a checkpoint."""
+        if self.accelerator.is_main_process:
+            state = {
+                "best": self.best,
+                "seconds": self.seconds,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+                "scored": scored,
+                "skipped": self.guard.skipped,
             }
-            if main:
-                run.add_metrics(record)
-            accelerator.log(_flat(record), step=done)
-            progress.step(record, train.steps)
-        scoring = done % recipe.eval.every == 0 or done == train.steps
-        # Several processes ask each other, which waits for all of them.
-        if (accelerator.num_processes == 1 or done % _STEPS_BETWEEN_STOPS == 0 or scoring) and stop.agreed():
-            stop_here(done, scored=not scoring)
-        if scoring:
-            try:
-                score = score_now(done)
-            except Stopped:
-                stop_here(done, scored=False)
-        if done % train.checkpoint_every == 0 or done == train.steps:
-            save(done)
-    seconds = time.perf_counter() - started
-    # Nothing was left to train when a run is resumed that lacks its result only: the score is measured again.
-    return score if score is not None else evaluate(student, val_data, inference, stop=stop), seconds
+            keep = self.recipe.train.keep
+            save_checkpoint(self.folder.checkpoints, done, self.distiller, self.optimizer, state, keep)
+
+    def stop_here(self, done: int, scored: bool) -> NoReturn:
+        """Saves and stops, together with all other processes."""
+        self.save(done, scored)
+        self.accelerator.wait_for_everyone()  # a launcher ends all when the first one ends
+        raise Stopped(f"step {done} of {self.recipe.train.steps}") from None
 
 
 def _samples(data: SegmentationDataset, recipe: Recipe, step: int) -> list[str]:

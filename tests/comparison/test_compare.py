@@ -145,6 +145,7 @@ def test_a_pace_that_moves_a_little_does_not_throw_runs_away(tmp_path):
     def finish(cell, seconds):
         cell.run.path.mkdir(parents=True, exist_ok=True)
         cell.run.recipe_file.write_text(dump_recipe(cell.recipe))
+        cell.run.info_file.write_text(json.dumps({"kind": "train", "classes": [], "palette": []}))
         cell.run.result.write_text(json.dumps({"seconds": seconds}))
 
     finish(equal_steps_cell(comparison, fast, 0), 10)

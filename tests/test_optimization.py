@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gskd.errors import GSKDError
+from gskd.optimization import build_optimizer, learning_rate_factor
 from gskd.recipe import OptimizerName, ScheduleName, TrainRecipe
-from gskd.trainer import build_optimizer, learning_rate_factor, seed_step
+from gskd.trainer import seed_step
 
 
 def factors(schedule: ScheduleName, steps: int, warmup: float) -> list[float]:
