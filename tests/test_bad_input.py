@@ -123,7 +123,10 @@ BEFORE_TRAINING = {
     "loss": ("distill @/r.yaml terms.gksd.weight=1", "unknown loss 'gksd'; did you mean 'gskd'"),
     "loss arg": ("distill @/r.yaml terms.kd.args.temprature=2", "no argument 'temprature'; did you mean 'temperature'"),
     "loss value": ("distill @/r.yaml terms.kd.args.temperature=-1", "temperature: expected a number > 0, got -1"),
-    "loss type": ("distill @/r.yaml terms.kd.args.temperature=hot", "terms.kd.args: temperature: expected a number > 0, got 'hot'"),
+    "loss type": (
+        "distill @/r.yaml terms.kd.args.temperature=hot",
+        "terms.kd.args: temperature: expected a number > 0",
+    ),
     # the teacher
     "no teacher": ("distill @/r.yaml teacher=null", "distill: the recipe names no teacher"),
     "no terms": ("distill @/r.yaml terms.kd=null", "distill: the recipe names no terms"),

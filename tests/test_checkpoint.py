@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gskd import checkpoint as module
-from gskd.checkpoint import Checkpoint, latest_checkpoint, restore, save_checkpoint, write_text
+from gskd.checkpoint import Checkpoint, _digest, latest_checkpoint, restore, save_checkpoint, write_text
 from gskd.errors import GSKDError
 
 
@@ -120,10 +120,14 @@ def flip_last_byte(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-def edit(**changes: Any) -> Any:
+def edit(sign: bool = True, **changes: Any) -> Any:
+    """Changes fields of a manifest; signed, its own hash is right again and only its content is wrong."""
+
     def change(path: Path) -> None:
-        manifest = json.loads(path.read_text())
-        path.write_text(json.dumps({k: v for k, v in {**manifest, **changes}.items() if v is not ...}))
+        manifest = {k: v for k, v in {**json.loads(path.read_text()), **changes}.items() if v is not ...}
+        if sign:
+            manifest["digest"] = _digest({k: v for k, v in manifest.items() if k != "digest"})
+        path.write_text(json.dumps(manifest))
 
     return change
 
@@ -148,6 +152,8 @@ DAMAGE = {
     "odd step": ("manifest.json", edit(step="x")),
     "no step": ("manifest.json", edit(step=...)),
     "odd state": ("manifest.json", edit(state=None)),
+    "another best": ("manifest.json", edit(sign=False, state={"best": 0.9, "seconds": 0.0})),
+    "no digest": ("manifest.json", edit(sign=False, digest=...)),
 }
 
 

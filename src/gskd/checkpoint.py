@@ -1,8 +1,8 @@
 """Checkpoints that can be trusted: written atomically, hashed, and read without running code.
 
-``checkpoints/step-00000500/`` holds the distiller's weights (student and projectors), the optimiser's state and a
-manifest with the SHA-256 of both. No random state is kept: order, views and the randomness of a step are functions of
-(seed, step).
+``checkpoints/step-00000500/`` holds the distiller's weights (student, projectors, banks), the optimiser's state and a
+manifest with the SHA-256 of both and of itself. No random state is kept: order, views and the randomness of a step are
+functions of (seed, step).
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ def save_checkpoint(
             "optimizer": groups,
             "sha256": {file.name: _sha256(file) for file in (partial / MODEL, partial / OPTIMIZER)},
         }
-        write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
+        write_text(partial / MANIFEST, json.dumps(manifest | {"digest": _digest(manifest)}, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
+        _sync_folder(folder)
     except (OSError, GSKDError) as error:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
         if isinstance(error, GSKDError):
@@ -86,6 +87,8 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             for file in (MODEL, OPTIMIZER):
                 if _sha256(path / file) != manifest["sha256"][file]:
                     raise ValueError(f"{file} does not match its hash")
+            if manifest.pop("digest") != _digest(manifest):
+                raise ValueError(f"{MANIFEST} does not match its own hash")
             step, state = manifest["step"], manifest["state"]
             if path.name != _name(step) or not isinstance(state, dict) or not isinstance(manifest["optimizer"], list):
                 raise ValueError(f"{MANIFEST} does not describe it")
@@ -174,6 +177,20 @@ def _optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, T
     }
     assert all(isinstance(value, Tensor) for value in tensors.values()), {k: type(v) for k, v in tensors.items()}
     return tensors, json.loads(json.dumps(whole["param_groups"]))
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename last through a power cut; where folders cannot be opened (Windows) the system sees to it."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _sha256(path: Path) -> str:
