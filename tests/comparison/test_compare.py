@@ -244,6 +244,7 @@ def test_more_steps_do_not_give_more_scores_to_pick_the_best_from(tmp_path):
     assert (longer.train.steps, longer.eval.every) == (3 * helpers.STEPS, 6)
 
 
+@pytest.mark.slow
 def test_the_lock_lives_as_long_as_the_runs(tmp_path):
     """Killed without a chance to clean up, a comparison leaves runs behind; nobody may start beside them."""
     changes = {"seeds": [0], "recipe": {"train": {"steps": 2000}}, "teacher": None}
