@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 from dataclasses import dataclass
@@ -227,6 +228,8 @@ def test_a_loader_process_reports_in_one_line_too(world, tmp_path):
     refused = gskd("train", *arguments, f"output={tmp_path / 'run'}")
     assert_refused(refused, "labels/masks/train/3.png: label values outside")
     assert refused.err.startswith(f"gskd: {world.folder}")
+    # They ignore SIGTERM: at exit Python would ask them to end and wait for ever.
+    assert multiprocessing.active_children() == []
 
 
 def test_good_pairs_are_no_mistake(world, tmp_path):

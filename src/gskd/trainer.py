@@ -155,12 +155,20 @@ class _Loop:
 
     def run_from(self, first_step: int) -> tuple[Score, float]:
         """All steps that are left; see `fit` for what it returns and raises."""
-        train, every = self.recipe.train, self.recipe.eval.every
+        train = self.recipe.train
         model, prepared = self.accelerator.prepare(self.distiller, self.optimizer)
         model.train()
         if train.tensorboard:
             self.accelerator.init_trackers("tensorboard")
-        batches = iter(_loader(self.recipe, self.train_data, self.accelerator, first_step))
+        with _batches(self.recipe, self.train_data, self.accelerator, first_step) as batches:
+            score = self.take_steps(first_step, model, prepared, batches)
+        if score is None:  # a run is resumed that lacks its result only
+            score = evaluate(self.distiller.student, self.val_data, inference_of(self.recipe), stop=self.stop)
+        return score, self.seconds
+
+    def take_steps(self, first_step: int, model: nn.Module, prepared: Any, batches: Iterator[Any]) -> Score | None:
+        """Steps, reports, scores and checkpoints; the last score, if there was one."""
+        train, every = self.recipe.train, self.recipe.eval.every
         score: Score | None = None
         if self.score_is_due:  # it was stopped while it scored this step
             score = self.score(first_step)
@@ -188,9 +196,7 @@ class _Loop:
                 self.save(done)
             if scoring:
                 started = time.perf_counter() - self.seconds  # throughput is that of training alone
-        if score is None:  # a run is resumed that lacks its result only
-            score = evaluate(self.distiller.student, self.val_data, inference_of(self.recipe), stop=self.stop)
-        return score, self.seconds
+        return score
 
     def take_step(self, step: int, model: nn.Module, prepared: Any, batches: Iterator[Any]) -> Distillation | None:
         """Forward, backward and update; None where the gradient is not finite and the step is skipped."""
@@ -326,6 +332,25 @@ def _next(batches: Iterator[Any]) -> Any:
     except GSKDError as error:
         # A worker process sends its whole traceback as the message, whose last part is what the dataset said.
         raise GSKDError(str(error).rsplit(f"{GSKDError.__name__}: ", 1)[-1].strip()) from None
+
+
+@contextlib.contextmanager
+def _batches(
+    recipe: Recipe, data: SegmentationDataset, accelerator: Any, first_step: int
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """The loader's batches. Its workers end with the block, however it is left.
+
+    An error's traceback keeps the iterator alive to the end of the process, where Python sends SIGTERM to workers that
+    are left, which ours ignore, and waits for them without limit.
+    """
+    batches = iter(_loader(recipe, data, accelerator, first_step))
+    try:
+        yield batches
+    finally:
+        if recipe.data.workers:
+            batches._shutdown_workers()  # type: ignore[attr-defined]  # torch has no public way
+            for worker in batches._workers:  # type: ignore[attr-defined]
+                worker.kill()  # one that is stuck in a file
 
 
 def _loader(recipe: Recipe, data: SegmentationDataset, accelerator: Any, first_step: int) -> DataLoader[Any]:
