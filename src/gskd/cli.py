@@ -27,6 +27,10 @@ console = Console(highlight=False)
 
 data_app = typer.Typer(help="Look at a dataset before training on it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+cache_app = typer.Typer(
+    help="Teacher results on disk: run the teacher once, train many students.", no_args_is_help=True
+)
+app.add_typer(cache_app, name="cache")
 
 RecipeName = Annotated[
     str,
@@ -218,6 +222,40 @@ def check_data(recipe: RecipeName, overrides: Overrides = None) -> None:
         raise GSKDError(
             f"data: {problems} problems in {sum(r.samples for r in reports.values())} samples, listed above"
         )
+
+
+@cache_app.command("build")
+def build_cache(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Run the teacher on all fixed views of a recipe that names teacher.cache and augment.views.
+
+    gskd distill does the same where something is missing. What is there and whole is not made again.
+    """
+    from gskd.pipeline import cache_for
+    from gskd.progress import Progress
+    from gskd.recipe import load_recipe
+
+    cache, _ = cache_for(load_recipe(recipe, overrides or []), Progress(console))
+    console.print(f"{cache.root}: whole, {cache.size() / 2**30:.2f} GiB", markup=False, soft_wrap=True)
+
+
+@cache_app.command("verify")
+def verify(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Recompute a sample of a recipe's cache with its teacher and show how far the stored values are off.
+
+    Damaged files are made again first. Exits 2 if a value is off by more than 1 % of the largest beside it.
+    """
+    from gskd.cache import verify_cache
+    from gskd.pipeline import cache_for
+    from gskd.progress import Progress
+    from gskd.recipe import load_recipe
+
+    cache, source = cache_for(load_recipe(recipe, overrides or []), Progress(console))
+    worst = ("", 0.0)
+    for where, deviation in verify_cache(cache, source):
+        console.print(f"{where}: {deviation:.2g}", markup=False, soft_wrap=True)
+        worst = max(worst, (where, deviation), key=lambda found: found[1])
+    if worst[1] > 0.01:
+        raise GSKDError(f"cache {cache.root}: {worst[0]} is off by {worst[1]:.2g} of its largest value; delete it")
 
 
 @app.command()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,34 @@ from gskd.models import freeze
 from gskd.outputs import logits_of
 from gskd.taps import Taps, auto_tap
 
+Packed = dict[str, Tensor]
+"""What a term needs of the teacher for a batch, as it is stored: tensors whose first dimension is the image."""
+
 Layers = str | tuple[str, ...]
 """One tap, or several where a loss compares layers."""
 
 _PATIENCE = 20  # forward passes
+
+
+@runtime_checkable
+class HasTarget(Protocol):
+    """A loss that needs less of the teacher than its map, and says what: ``compare(student, target, pixels)`` with
+    ``target(teacher, pixels)`` is the loss. Any other loss is called with the map itself."""
+
+    def target(self, teacher: Tensor, pixels: Pixels) -> Any:
+        """What does not change when the student does."""
+
+    def compare(self, student: Any, target: Any, pixels: Pixels) -> Tensor:
+        """The loss."""
+
+    def target_settings(self) -> dict[str, Any]:
+        """The arguments that the target depends on, as plain values."""
+
+    def pack(self, target: Any) -> Packed:
+        """The target as it is stored."""
+
+    def unpack(self, packed: Mapping[str, Tensor]) -> Any:
+        """The target that was packed."""
 
 
 @dataclass
@@ -166,13 +190,20 @@ class Distiller(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def forward(self, images: Tensor, labels: Tensor, teacher_images: Tensor | None = None) -> Distillation:
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        teacher_images: Tensor | None = None,
+        targets: Mapping[str, Packed] | None = None,
+    ) -> Distillation:
         """One training step's forward pass.
 
         Args:
             images: (B, 3, H, W), normalised as the student wants them.
             labels: (B, H, W) int64, `IGNORE` where nothing counts.
             teacher_images: the same views normalised as the teacher wants them, where that differs.
+            targets: what `teacher_targets` gave for the same views and labels, by term; the teacher is then not run.
 
         Raises:
             GSKDError: labels of another shape, dtype or (looked at in the first call, as it waits for the device) with
@@ -193,16 +224,23 @@ class Distiller(nn.Module):
             losses.append(self.task_loss(logits, labels))
             terms["task"] = TermValue(losses[0].detach(), losses[0].detach())
         if self.losses:
-            teacher_logits, teacher_taps = self._teach(images if teacher_images is None else teacher_images)
-            if teacher_logits.shape[1] != logits.shape[1]:
-                raise GSKDError(
-                    f"student and teacher give {logits.shape[1]} and {teacher_logits.shape[1]} classes;"
-                    " expected the same number"
-                )
-            pixels = Pixels(labels, teacher_logits)
+            if targets is None:
+                pixels, teacher_maps = self._teach(images if teacher_images is None else teacher_images, labels)
+                if pixels.num_classes != logits.shape[1]:
+                    raise GSKDError(
+                        f"student and teacher give {logits.shape[1]} and {pixels.num_classes} classes;"
+                        " expected the same number"
+                    )
+            else:
+                pixels = Pixels(labels, num_classes=logits.shape[1])
             for name, loss in self.losses.items():
                 maps = _read(student_taps, self.student_layers[name])
-                raw = loss(maps, _read(teacher_taps, self.teacher_layers[name]), pixels)
+                if targets is None:
+                    raw = loss(maps, teacher_maps[name], pixels)
+                elif isinstance(loss, HasTarget):
+                    raw = loss.compare(maps, loss.unpack(targets[name]), pixels)
+                else:
+                    raw = loss(maps, _unpack_maps(targets[name], self.teacher_layers[name]), pixels)
                 if name in self._silent_steps and torch.is_grad_enabled():
                     self._listen(name, raw, maps)
                 losses.append(self.weights[name] * raw)
@@ -231,7 +269,40 @@ class Distiller(nn.Module):
             )
 
     @torch.no_grad()
-    def _teach(self, images: Tensor) -> tuple[Tensor, Taps]:
+    def teacher_targets(self, images: Tensor, labels: Tensor) -> dict[str, Packed]:
+        """What the terms need of the teacher for a batch, to be stored and given to `forward` instead of running it.
+
+        A loss says itself what it needs by ``target``, ``compare``, ``pack`` and ``unpack``, see `GSKDLoss`. For any
+        other it is the teacher's map at its layer, fp32 rounded to fp16.
+
+        Args:
+            images: (B, 3, H, W), normalised as the teacher wants them.
+            labels: (B, H, W) int64.
+
+        Returns:
+            By term, tensors by name, whose first dimension is the image.
+
+        Raises:
+            GSKDError: a map is too large for fp16; whatever taps and losses refuse.
+        """
+        pixels, teacher_maps = self._teach(images, labels)
+        packed: dict[str, Packed] = {}
+        for name, loss in self.losses.items():
+            if isinstance(loss, HasTarget):
+                packed[name] = loss.pack(loss.target(teacher_maps[name], pixels))
+            else:
+                packed[name] = _pack_maps(name, teacher_maps[name])
+        return packed
+
+    def target_settings(self, name: str) -> dict[str, Any]:
+        """All that a term's targets depend on besides teacher, views and labels, as plain values."""
+        loss, layers = self.losses[name], self.teacher_layers[name]
+        own = loss.target_settings() if isinstance(loss, HasTarget) else {"kind": "maps"}
+        return {"layers": layers if isinstance(layers, str) else list(layers), **own}
+
+    @torch.no_grad()
+    def _teach(self, images: Tensor, labels: Tensor) -> tuple[Pixels, dict[str, Any]]:
+        """The teacher's view of a batch: labels with its prediction, and its map or maps for each term."""
         teacher = self._teacher[0].eval()  # each step: somebody's callback may have called train() on it
         kind, dtype = images.device.type, self.teacher_dtype
         enabled = torch.is_autocast_enabled(kind) if dtype is None else dtype != torch.float32
@@ -241,7 +312,23 @@ class Distiller(nn.Module):
             torch.autocast(kind, dtype=dtype, enabled=enabled),
             Taps(teacher, tap_names(self.teacher_layers.values())) as taps,
         ):
-            return logits_of(teacher(images)), taps
+            logits = logits_of(teacher(images))
+        return Pixels(labels, logits), {name: _read(taps, layers) for name, layers in self.teacher_layers.items()}
+
+
+def _pack_maps(term: str, maps: Tensor | list[Tensor]) -> Packed:
+    """Maps of one layer or several, in half precision; what is in half precision stays as it is."""
+    packed = {}
+    for level, one in enumerate([maps] if isinstance(maps, Tensor) else maps):
+        half = one if one.dtype in (torch.float16, torch.bfloat16) else one.half()
+        if not half.isfinite().all():
+            raise GSKDError(f"term {term!r}: the teacher's map holds {one.abs().max():.3g}, too large to store as fp16")
+        packed[str(level)] = half
+    return packed
+
+
+def _unpack_maps(packed: Packed, layers: Layers) -> Tensor | list[Tensor]:
+    return packed["0"] if isinstance(layers, str) else [packed[str(level)] for level in range(len(layers))]
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gskd.cache import CacheSource, TeacherCache, fill_cache
 from gskd.checkpoint import write_text
 from gskd.data import SegmentationDataset
 from gskd.data.datasets import Cached, open_dataset
@@ -23,8 +24,8 @@ from gskd.losses import LOSSES
 from gskd.metrics import Score
 from gskd.models import build_model, check_classes, count_parameters, load_weights
 from gskd.progress import Progress
-from gskd.recipe import ModelRecipe, Recipe, TeacherRecipe, TermRecipe
-from gskd.run import Run, autocast_dtype, inference_of, without_pretraining
+from gskd.recipe import EvalRecipe, ModelRecipe, Recipe, TeacherRecipe, TermRecipe, TrainRecipe, dump_recipe
+from gskd.run import Run, autocast_dtype, device_of, inference_of, without_pretraining
 from gskd.stops import StopRequest
 from gskd.taps import channels
 from gskd.trainer import build_accelerator, fit
@@ -86,15 +87,10 @@ def train_model(
     train_data, val_data = splits[recipe.data.train], splits[recipe.data.val]
     torch.manual_seed(recipe.seed)  # the student's first weights depend on the seed alone, not on teacher or terms
     student = build_recipe_model(recipe.model, train_data, "model", recipe.augment.crop)
-    teacher, teacher_model, distiller = None, None, Distiller(student)
+    teacher_model, distiller = None, Distiller(student)
     if distill:
-        assert recipe.teacher is not None
-        teacher, teacher_model = _build_teacher(recipe.teacher, train_data, recipe.augment.crop)
-        terms = _build_terms(recipe.terms, student, teacher, len(train_data.classes), recipe.augment.crop)
-        precision = recipe.teacher.precision
-        distiller = Distiller(
-            student, teacher, terms, teacher_dtype=autocast_dtype(precision) if precision is not None else None
-        )
+        distiller, teacher_model = build_distiller(recipe, student, train_data)
+    teacher = distiller.teacher
     accelerator.wait_for_everyone()  # all have looked at the folder before the first one lays it out
     if not resume and accelerator.is_main_process:
         run.create(recipe, kind, train_data, recipe.teacher if distill else None)
@@ -118,11 +114,16 @@ def train_model(
             counter = progress.counter(f"scoring the teacher on {recipe.data.val}")
             teacher_score = evaluate(teacher, val_data, inference, counter, stop)
             progress.score(f"teacher on {recipe.data.val}", teacher_score)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()  # of scoring the teacher
         try:
+            cache = None
+            if teacher_model is not None and recipe.teacher is not None and recipe.teacher.cache is not None:
+                cache = fill_cache(CacheSource(recipe, distiller, teacher_model, train_data), progress, stop)
+                accelerator.wait_for_everyone()
+                cache.require_whole()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()  # of scoring the teacher
             last, seconds = fit(
-                distiller, recipe, run, accelerator, train_data, val_data, progress, resume, teacher_model, stop
+                distiller, recipe, run, accelerator, train_data, val_data, progress, resume, teacher_model, stop, cache
             )
         except GSKDError:
             if accelerator.is_main_process:
@@ -142,6 +143,61 @@ def train_model(
         write_text(run.result, json.dumps(result, indent=1))
     accelerator.end_training()  # at the very end: it takes the processes apart
     return result
+
+
+def prepare_caches(recipes: Sequence[Recipe], progress: Progress) -> None:
+    """Fills the teacher caches that recipes name, before they are run.
+
+    Recipes that share teacher and views share a pass of the teacher, whatever their terms.
+
+    Raises:
+        GSKDError: as `gskd.cache.fill_cache`, and whatever a recipe cannot be built for.
+    """
+    groups: dict[str, list[Recipe]] = {}
+    for recipe in recipes:
+        if recipe.teacher is not None and recipe.teacher.cache is not None and recipe.terms:
+            train = TrainRecipe(precision=recipe.train.precision, channels_last=recipe.train.channels_last)
+            same = replace(recipe, output="", seed=0, terms={}, train=train, eval=EvalRecipe())
+            groups.setdefault(dump_recipe(same), []).append(recipe)
+    for group in groups.values():
+        terms = {
+            f"{name}_{number}": replace(term, loss=term.loss or name)
+            for number, recipe in enumerate(group)
+            for name, term in recipe.terms.items()
+        }
+        cache_for(replace(group[0], terms=terms), progress)
+
+
+def cache_for(recipe: Recipe, progress: Progress) -> tuple[TeacherCache, CacheSource]:
+    """A recipe's teacher cache, filled, and what it is filled from.
+
+    Raises:
+        GSKDError: the recipe names no cache; or as `prepare_caches`.
+    """
+    if recipe.teacher is None or recipe.teacher.cache is None or not recipe.terms:
+        raise GSKDError("cache: expected a recipe with terms and teacher.cache, the folder for the teacher's results")
+    data = open_split(recipe, recipe.data.train)
+    student = build_recipe_model(recipe.model, data, "model", recipe.augment.crop)
+    distiller, teacher_model = build_distiller(recipe, student, data)
+    once = {json.dumps(distiller.target_settings(name), sort_keys=True): name for name in distiller.losses}
+    if len(once) < len(recipe.terms):  # several terms need the same of the teacher
+        recipe = replace(recipe, terms={name: recipe.terms[name] for name in once.values()})
+        distiller, teacher_model = build_distiller(recipe, student, data)
+    layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+    distiller.to(device_of(recipe), memory_format=layout)  # type: ignore[call-overload]
+    source = CacheSource(recipe, distiller, teacher_model, data)
+    with progress, StopRequest() as stop:
+        return fill_cache(source, progress, stop), source
+
+
+def build_distiller(recipe: Recipe, student: nn.Module, data: SegmentationDataset) -> tuple[Distiller, ModelRecipe]:
+    """The recipe's teacher and terms around a student, and what the teacher was built from."""
+    assert recipe.teacher is not None
+    teacher, teacher_model = _build_teacher(recipe.teacher, data, recipe.augment.crop)
+    terms = _build_terms(recipe.terms, student, teacher, len(data.classes), recipe.augment.crop)
+    precision = recipe.teacher.precision
+    dtype = autocast_dtype(precision) if precision is not None else None
+    return Distiller(student, teacher, terms, teacher_dtype=dtype), teacher_model
 
 
 def _peak_memory() -> float | None:

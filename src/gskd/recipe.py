@@ -308,6 +308,10 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.teacher is not None:
         if (recipe.teacher.run is None) == (recipe.teacher.model is None):
             yield "teacher", "expected either run or model"
+        if recipe.teacher.cache is not None and augment.views is None:
+            yield "augment.views", "missing; teacher.cache holds fixed views of each sample, for example 50"
+        if recipe.teacher.cache_gib <= 0:
+            yield "teacher.cache_gib", f"expected more than 0, got {recipe.teacher.cache_gib}"
         if recipe.teacher.model is not None:
             models["teacher.model"] = recipe.teacher.model
     for name, model in models.items():
@@ -344,6 +348,8 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for name, size in {"augment.crop": augment.crop, "eval.window": spec.window}.items():
         if len(size) != 2 or min(size) < 1:
             yield name, f"expected height and width, at least 1 each, got {size}"
+    if augment.views is not None and augment.views < 1:
+        yield "augment.views", f"expected at least 1 or null, got {augment.views}"
     if len(augment.scale) != 2 or not 0 < augment.scale[0] <= augment.scale[1]:
         yield "augment.scale", f"expected a low and a high factor above 0, got {augment.scale}"
     for name, most in {"flip": 1.0, "brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.5}.items():

@@ -30,6 +30,7 @@ from torch import nn
 
 from gskd.checkpoint import write_text
 from gskd.data import SegmentationDataset
+from gskd.data.views import Augmentation
 from gskd.errors import GSKDError
 from gskd.evaluation import Inference
 from gskd.models import build_model, load_weights, read_metadata
@@ -249,6 +250,16 @@ def inference_of(recipe: Recipe) -> Inference:
     )
 
 
+def augmentation_of(recipe: Recipe) -> Augmentation:
+    """What the recipe's views are drawn from."""
+    spec = recipe.augment
+    return Augmentation(
+        crop=(spec.crop[0], spec.crop[1]),
+        scale=(spec.scale[0], spec.scale[1]),
+        **{name: getattr(spec, name) for name in ("flip", "brightness", "contrast", "saturation", "hue")},
+    )
+
+
 def device_of(recipe: Recipe) -> torch.device:
     """Where the recipe's model is scored and used: CUDA where there is one, unless the recipe says cpu."""
     return torch.device("cuda" if recipe.train.device == "auto" and torch.cuda.is_available() else "cpu")
@@ -297,7 +308,7 @@ def _core(recipe: Recipe, alone: bool) -> dict[str, Any]:
     model, teacher = replace(recipe.model, weights=None), recipe.teacher
     if teacher is not None:
         own = teacher.model and replace(teacher.model, weights=None)
-        teacher = replace(teacher, run=teacher.run and "", model=own)
+        teacher = replace(teacher, run=teacher.run and "", model=own, cache=teacher.cache and "", cache_gib=1.0)
     return asdict(replace(recipe, output="", train=train, data=data, model=model, teacher=teacher))
 
 

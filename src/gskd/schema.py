@@ -61,6 +61,9 @@ class DataRecipe:
 class AugmentRecipe:
     """Ranges of the random views, see `gskd.data.views.Augmentation`."""
 
+    views: int | None = None
+    """Fixed views of each sample, used in turn, the same in every run; by default each epoch draws a new one. What
+    `teacher.cache` needs."""
     crop: list[int] = field(default_factory=lambda: [96, 128])
     scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
     flip: float = 0.5
@@ -93,6 +96,11 @@ class TeacherRecipe:
     """Instead of `run`: any model. Weights should be named, else the teacher is random."""
     precision: Precision | None = None
     """Arithmetic of the teacher's forward pass; by default that of training."""
+    cache: str | None = None
+    """A folder. What the terms need of the teacher is written there once for every fixed view (`augment.views`), and
+    read by this and every later run instead of running the teacher. See `gskd.cache`."""
+    cache_gib: float = 20.0
+    """The most that is written there."""
 
 
 @dataclass

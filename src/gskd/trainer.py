@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from gskd.cache import TeacherCache
 from gskd.checkpoint import latest_checkpoint, restore, save_checkpoint
 from gskd.data import SegmentationDataset
-from gskd.data.views import Augmentation, PositionSampler, TrainingViews, sample_at
+from gskd.data.loading import batches
+from gskd.data.views import PositionSampler, TrainingViews, sample_at
 from gskd.distiller import Distillation, Distiller
 from gskd.distributed import sum_over_processes, world_size
 from gskd.errors import GSKDError
@@ -28,9 +29,9 @@ from gskd.models import normalise, save_weights
 from gskd.optimization import build_optimizer, learning_rate_factor
 from gskd.progress import Progress
 from gskd.recipe import ModelRecipe, Precision, Recipe, TrainRecipe
-from gskd.run import Run, inference_of
+from gskd.run import Run, augmentation_of, inference_of
 from gskd.step_guard import StepGuard, explain
-from gskd.stops import Stopped, StopRequest, ignore_stops
+from gskd.stops import Stopped, StopRequest
 
 _STEPS_BETWEEN_STOPS = 5
 
@@ -77,6 +78,7 @@ def fit(
     resume: bool = False,
     teacher_model: ModelRecipe | None = None,
     stop: StopRequest | None = None,
+    cache: TeacherCache | None = None,
 ) -> tuple[Score, float]:
     """Trains until ``recipe.train.steps``.
 
@@ -92,6 +94,7 @@ def fit(
         resume: continue from the newest valid checkpoint.
         teacher_model: whose mean and std the teacher wants; by default the student's.
         stop: looked at after each step and while scoring.
+        cache: the terms' targets for every fixed view, complete; without it the teacher runs at each step.
 
     Returns:
         The last score on the val split, and the seconds of training alone, scoring left out, over all resumed parts.
@@ -100,7 +103,7 @@ def fit(
         GSKDError: too many steps without a finite gradient, or something does not fit.
         Stopped: ``stop`` was requested; a checkpoint of the last step is written.
     """
-    loop = _Loop(distiller, recipe, run, accelerator, train_data, val_data, progress, teacher_model, stop)
+    loop = _Loop(distiller, recipe, run, accelerator, train_data, val_data, progress, teacher_model, stop, cache)
     return loop.run_from(loop.restore() if resume else 0)
 
 
@@ -118,10 +121,11 @@ class _Loop:
         progress: Progress,
         teacher_model: ModelRecipe | None,
         stop: StopRequest | None,
+        cache: TeacherCache | None,
     ) -> None:
         self.distiller, self.recipe, self.folder, self.accelerator = distiller, recipe, run, accelerator
         self.train_data, self.val_data, self.progress = train_data, val_data, progress
-        self.teacher_model, self.stop = teacher_model, stop or StopRequest()
+        self.teacher_model, self.stop, self.cache = teacher_model, stop or StopRequest(), cache
         if recipe.train.channels_last:
             distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         distiller.to(accelerator.device)
@@ -160,13 +164,13 @@ class _Loop:
         model.train()
         if train.tensorboard:
             self.accelerator.init_trackers("tensorboard")
-        with _batches(self.recipe, self.train_data, self.accelerator, first_step) as batches:
-            score = self.take_steps(first_step, model, prepared, batches)
+        with _batches(self.recipe, self.train_data, self.accelerator, first_step, self.cache) as views:
+            score = self.take_steps(first_step, model, prepared, views)
         if score is None:  # a run is resumed that lacks its result only
             score = evaluate(self.distiller.student, self.val_data, inference_of(self.recipe), stop=self.stop)
         return score, self.seconds
 
-    def take_steps(self, first_step: int, model: nn.Module, prepared: Any, batches: Iterator[Any]) -> Score | None:
+    def take_steps(self, first_step: int, model: nn.Module, prepared: Any, views: Iterator[Any]) -> Score | None:
         """Steps, reports, scores and checkpoints; the last score, if there was one."""
         train, every = self.recipe.train, self.recipe.eval.every
         score: Score | None = None
@@ -175,7 +179,7 @@ class _Loop:
         started = time.perf_counter() - self.seconds
         for step in range(first_step, train.steps):
             done = step + 1
-            result = self.take_step(step, model, prepared, batches)
+            result = self.take_step(step, model, prepared, views)
             if step == first_step and self.accelerator.num_processes > 1:
                 _check_all_used(self.distiller)
             prepared.zero_grad()
@@ -198,7 +202,7 @@ class _Loop:
                 started = time.perf_counter() - self.seconds  # throughput is that of training alone
         return score
 
-    def take_step(self, step: int, model: nn.Module, prepared: Any, batches: Iterator[Any]) -> Distillation | None:
+    def take_step(self, step: int, model: nn.Module, prepared: Any, views: Iterator[Any]) -> Distillation | None:
         """Forward, backward and update; None where the gradient is not finite and the step is skipped."""
         train, accelerator = self.recipe.train, self.accelerator
         seed_step(self.recipe.seed, step, accelerator.process_index)
@@ -206,11 +210,11 @@ class _Loop:
             group["lr"] = train.lr * learning_rate_factor(step, train)
         self.guard.before_forward()
         for round_ in range(train.accumulate):
-            images, labels = (x.to(accelerator.device, non_blocking=True) for x in _next(batches))
+            images, labels, *targets = _moved(next(views), accelerator.device)
             inputs = _normalised(images, self.recipe.model, self.teacher_model, train.channels_last)
             last_round = round_ == train.accumulate - 1
             with contextlib.nullcontext() if last_round else accelerator.no_sync(model):
-                result: Distillation = _forward(model, inputs, labels)
+                result: Distillation = _forward(model, inputs, labels, *targets)
                 accelerator.backward(result.loss / train.accumulate)
         if not self.guard.gradient_is_finite():
             self.guard.undo_forward()
@@ -326,49 +330,16 @@ def _agree_on_buffers(student: nn.Module, accelerator: Any) -> None:
                 buffer.copy_(broadcast(buffer.clone(), from_process=0))
 
 
-def _next(batches: Iterator[Any]) -> Any:
-    try:
-        return next(batches)
-    except GSKDError as error:
-        # A worker process sends its whole traceback as the message, whose last part is what the dataset said.
-        raise GSKDError(str(error).rsplit(f"{GSKDError.__name__}: ", 1)[-1].strip()) from None
-
-
-@contextlib.contextmanager
 def _batches(
-    recipe: Recipe, data: SegmentationDataset, accelerator: Any, first_step: int
-) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-    """The loader's batches. Its workers end with the block, however it is left.
-
-    An error's traceback keeps the iterator alive to the end of the process, where Python sends SIGTERM to workers that
-    are left, which ours ignore, and waits for them without limit.
-    """
-    batches = iter(_loader(recipe, data, accelerator, first_step))
-    try:
-        yield batches
-    finally:
-        if recipe.data.workers:
-            batches._shutdown_workers()  # type: ignore[attr-defined]  # torch has no public way
-            for worker in batches._workers:  # type: ignore[attr-defined]
-                worker.kill()  # one that is stuck in a file
-
-
-def _loader(recipe: Recipe, data: SegmentationDataset, accelerator: Any, first_step: int) -> DataLoader[Any]:
-    train, augment = recipe.train, recipe.augment
-    augmentation = Augmentation(
-        crop=(augment.crop[0], augment.crop[1]),
-        scale=(augment.scale[0], augment.scale[1]),
-        **{name: getattr(augment, name) for name in ("flip", "brightness", "contrast", "saturation", "hue")},
-    )
-    processes = accelerator.num_processes
-    return DataLoader(
-        TrainingViews(data, augmentation, recipe.seed),
+    recipe: Recipe, data: SegmentationDataset, accelerator: Any, first_step: int, cache: TeacherCache | None
+) -> contextlib.AbstractContextManager[Iterator[Any]]:
+    train, processes = recipe.train, accelerator.num_processes
+    return batches(
+        TrainingViews(data, augmentation_of(recipe), recipe.seed, recipe.augment.views, cache),
+        recipe.data.workers,
         batch_size=train.batch // processes // train.accumulate,
         sampler=PositionSampler(train.batch, first_step, train.steps, accelerator.process_index, processes),
-        num_workers=recipe.data.workers,
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=ignore_stops,
-        generator=torch.Generator(),  # else the loader draws its workers' seed from the generator of the training step
     )
 
 
@@ -383,9 +354,18 @@ def _normalised(
     return student_images, normalise(images, teacher.mean, teacher.std).contiguous(memory_format=layout)
 
 
-def _forward(model: nn.Module, inputs: tuple[Tensor, Tensor | None], labels: Tensor) -> Any:
+def _moved(batch: Any, device: torch.device) -> Any:
+    """Tensors, in lists and dictionaries, on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    return [_moved(value, device) for value in batch]
+
+
+def _forward(model: nn.Module, inputs: tuple[Tensor, Tensor | None], labels: Tensor, *targets: Any) -> Any:
     try:
-        return model(inputs[0], labels, inputs[1])
+        return model(inputs[0], labels, inputs[1], *targets)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

@@ -24,6 +24,7 @@ import torch
 from gskd.checkpoint import write_text
 from gskd.comparison.recipe import Comparison, Variant
 from gskd.errors import GSKDError
+from gskd.pipeline import prepare_caches
 from gskd.progress import Progress
 from gskd.recipe import Recipe, dump_recipe
 from gskd.run import Run
@@ -121,7 +122,9 @@ def run_grid(comparison: Comparison, progress: Progress) -> None:
         seeds = list(dict.fromkeys(seed for variant in comparison.variants for seed in variant.seeds))
         # Seed by seed: an interrupted grid has whole comparisons of some seeds, not all seeds of some variants.
         pairs = [(variant, seed) for seed in seeds for variant in comparison.variants if seed in variant.seeds]
-        _make([equal_steps_cell(comparison, *pair) for pair in pairs], slots, threads, lock, progress)
+        cells = [equal_steps_cell(comparison, *pair) for pair in pairs]
+        prepare_caches([cell.recipe for cell in cells if cell.distils and not cell.finished], progress)
+        _make(cells, slots, threads, lock, progress)
         second = [cell for pair in pairs if (cell := equal_seconds_cell(comparison, *pair)) is not None]
         _make(second, slots, threads, lock, progress)
 

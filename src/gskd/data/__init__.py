@@ -1,6 +1,7 @@
 """Samples from files: the first stretch of the pixel's path (files -> data -> models).
 
-A dataset is any object with ``classes``, ``palette``, ``__len__``, ``name(i)`` and ``__getitem__(i) -> Sample``. Labels
+A dataset is any object with ``classes``, ``palette``, ``__len__``, ``name(i)``, ``__getitem__(i) -> Sample`` and
+``stamp()``. Labels
 use ``IGNORE`` for pixels that count nowhere.
 """
 
@@ -44,3 +45,6 @@ class SegmentationDataset(Protocol):
         """The sample's name without reading its pixels."""
 
     def __getitem__(self, index: int) -> Sample: ...
+
+    def stamp(self) -> str:
+        """A short text that is another one whenever samples have changed; reads no pixels."""

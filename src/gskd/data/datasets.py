@@ -5,6 +5,7 @@ Files are found and matched once, when a dataset is made; pixels are read one sa
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,17 @@ class FolderPairs:
             raise GSKDError(self._unknown_message(mask_path, codes[unknown]))
         return Sample(image=image, label=label, name=image_path.stem)
 
+    def stamp(self) -> str:
+        """Of names, sizes and times of change of all files, and of what their values mean."""
+        digest = hashlib.sha256(self._table.tobytes())
+        for path in (*self._images, *self._masks):
+            try:
+                found = path.stat()
+            except OSError as error:
+                raise GSKDError(f"{path}: cannot be read: {error.strerror or error}") from None
+            digest.update(f"{path.name}/{found.st_size}/{found.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
     def _unknown_message(self, path: Path, codes: np.ndarray) -> str:
         values, counts = np.unique(codes, return_counts=True)
         found = []
@@ -143,6 +155,10 @@ class CamVid:
     def __getitem__(self, index: int) -> Sample:
         return self._pairs[index]
 
+    def stamp(self) -> str:
+        """As ``FolderPairs``."""
+        return self._pairs.stamp()
+
 
 class Cached:
     """Keeps the decoded samples of another dataset in memory up to a budget, and reads the others through.
@@ -171,6 +187,10 @@ class Cached:
     def name(self, index: int) -> str:
         """The sample's name in the wrapped dataset."""
         return self.dataset.name(index)
+
+    def stamp(self) -> str:
+        """The wrapped dataset's."""
+        return self.dataset.stamp()
 
     def __getitem__(self, index: int) -> Sample:
         key = index + len(self) if index < 0 else index

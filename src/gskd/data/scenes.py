@@ -18,6 +18,9 @@ from gskd.data._scene_layout import paint
 from gskd.data.palettes import CAMVID_CLASSES, CAMVID_PALETTE
 from gskd.errors import GSKDError, near_names
 
+_VERSION = 1
+"""Counts changes of what is painted."""
+
 _LENGTHS = {"train": 400, "val": 80, "test": 80}
 _TO_LABEL = np.array([*range(11), *[IGNORE] * 5], dtype=np.uint8)
 
@@ -123,6 +126,10 @@ class Scenes:
         paint(street)
         image, label = _develop(street, pixels)
         return Sample(image, label, self.name(index))
+
+    def stamp(self) -> str:
+        """Of the arguments and of the version of the painter."""
+        return f"scenes {_VERSION}: {self.split} {self._length} {self.size} {self.seed}"
 
     def _checked(self, index: int) -> int:
         index = operator.index(index)

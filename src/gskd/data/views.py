@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,18 +172,69 @@ def sample_at(seed: int, position: int, length: int) -> tuple[int, int]:
     return int(_epoch_order(seed, epoch, length)[offset]), epoch
 
 
-class TrainingViews(Dataset[tuple[Tensor, Tensor]]):
-    """Maps a position in the endless training order to one view: (3, h, w) uint8 image, (h, w) int64 labels."""
+def make_view(
+    dataset: SegmentationDataset, sample: int, seed: int, view: int, augmentation: Augmentation
+) -> tuple[Tensor, Tensor]:
+    """One view of one sample: (3, h, w) uint8 image, (h, w) int64 labels."""
+    found = dataset[sample]
+    height, width = found.label.shape
+    return apply_view(draw_view(seed, sample, view, (height, width), augmentation), found.image, found.label)
 
-    def __init__(self, dataset: SegmentationDataset, augmentation: Augmentation, seed: int) -> None:
-        self.dataset, self.augmentation, self.seed = dataset, augmentation, seed
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        index, epoch = sample_at(self.seed, position, len(self.dataset))
-        sample = self.dataset[index]
-        height, width = sample.label.shape
-        view = draw_view(self.seed, index, epoch, (height, width), self.augmentation)
-        return apply_view(view, sample.image, sample.label)
+FIXED_VIEWS_SEED = 0
+"""Fixed views are the same in all runs, whatever their seed."""
+
+
+class FixedViews(Dataset[tuple[Tensor, Tensor]]):
+    """All views that samples with a fixed number of views have; item i is view i % views of sample i // views."""
+
+    def __init__(self, dataset: SegmentationDataset, augmentation: Augmentation, views: int) -> None:
+        self.dataset, self.augmentation, self.views = dataset, augmentation, views
+
+    def __len__(self) -> int:
+        return len(self.dataset) * self.views
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+        sample, view = divmod(item, self.views)
+        return make_view(self.dataset, sample, FIXED_VIEWS_SEED, view, self.augmentation)
+
+
+class TrainingViews(Dataset[tuple[Any, ...]]):
+    """Maps a position in the endless training order to one view: (3, h, w) uint8 image, (h, w) int64 labels.
+
+    Args:
+        dataset: the samples.
+        augmentation: what views are drawn from.
+        seed: of the order, and of the views unless they are fixed.
+        views: None gives a sample a new view in every epoch; a number gives it so many fixed ones, in turn, the same
+            for every seed.
+        targets: called as ``targets(sample, view)``, where views are fixed: what it gives becomes a third value.
+    """
+
+    def __init__(
+        self,
+        dataset: SegmentationDataset,
+        augmentation: Augmentation,
+        seed: int,
+        views: int | None = None,
+        targets: Callable[[int, int], Any] | None = None,
+    ) -> None:
+        assert targets is None or views is not None
+        self.dataset, self.augmentation, self.seed, self.views, self.targets = (
+            dataset,
+            augmentation,
+            seed,
+            views,
+            targets,
+        )
+
+    def __getitem__(self, position: int) -> tuple[Any, ...]:
+        sample, epoch = sample_at(self.seed, position, len(self.dataset))
+        if self.views is None:
+            return make_view(self.dataset, sample, self.seed, epoch, self.augmentation)
+        view = (epoch + self.seed) % self.views
+        pixels = make_view(self.dataset, sample, FIXED_VIEWS_SEED, view, self.augmentation)
+        return pixels if self.targets is None else (*pixels, self.targets(sample, view))
 
 
 class PositionSampler(Sampler[int]):

@@ -10,7 +10,9 @@ Shape suffixes: B images, N points per class, M points, C channels, G groups, S 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from gskd.distributed import mean_over_processes
 from gskd.errors import GSKDError, near_names
 from gskd.losses._match import PointProjector, require_count, require_flag, require_positive
-from gskd.losses._pixels import Pixels, promote, require_maps, require_pair
+from gskd.losses._pixels import Pixels, Size, promote, require_maps, require_pair
 from gskd.losses._sampling import (
     POLICIES,
     Policy,
@@ -32,6 +34,7 @@ __all__ = [
     "ColumnGroups",
     "GSKDLoss",
     "SampledPoints",
+    "StructuralTarget",
     "class_balanced_sample",
     "group_columns",
     "gskd_loss",
@@ -55,6 +58,22 @@ class ColumnGroups(NamedTuple):
     """(B, G, M, S) bool; the others are padding."""
     weight: Tensor
     """(B, G) float32, the group's share of the image's entries: sums to 1, or to 0 for an image without points."""
+
+
+@dataclass(frozen=True)
+class StructuralTarget:
+    """All that GSKD needs of the teacher: which pixels were sampled, and how similar the teacher finds them."""
+
+    index: Tensor
+    """(B, M) int64 positions in the flattened (h * w) map of the teacher."""
+    valid: Tensor
+    """(B, M) bool; the others are padding."""
+    class_count: Tensor
+    """(B,) int64, the number of classes sampled."""
+    similarity: Tensor
+    """(B, M, M) the teacher's cosines."""
+    size: Size
+    """(h, w) that ``index`` refers to."""
 
 
 def structural_similarity_map(points: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -175,12 +194,21 @@ def gskd_loss(
     """
     with torch.autocast(student.device.type, enabled=False):
         with torch.no_grad():
-            target = sub_image_descriptors(structural_similarity_map(teacher, valid), groups, temperature)
-            probability = target.exp()
-        descriptors = sub_image_descriptors(structural_similarity_map(student, valid), groups, temperature)
-        divergence = (probability * (target - descriptors)).sum(dim=2)  # (B, G)
-        total = (divergence * groups.weight).sum() * temperature**2
-        return mean_over_processes(total, valid.any(dim=1).sum())
+            target = structural_similarity_map(teacher, valid)
+        return _map_divergence(structural_similarity_map(student, valid), target, valid, groups, temperature)
+
+
+def _map_divergence(
+    student: Tensor, teacher: Tensor, valid: Tensor, groups: ColumnGroups, temperature: float
+) -> Tensor:
+    """``gskd_loss`` of two similarity maps (B, M, M)."""
+    with torch.no_grad():
+        target = sub_image_descriptors(teacher, groups, temperature)
+        probability = target.exp()
+    descriptors = sub_image_descriptors(student, groups, temperature)
+    divergence = (probability * (target - descriptors)).sum(dim=2)  # (B, G)
+    total = (divergence * groups.weight).sum() * temperature**2
+    return mean_over_processes(total, valid.any(dim=1).sum())
 
 
 class GSKDLoss(nn.Module):
@@ -255,27 +283,70 @@ class GSKDLoss(nn.Module):
             self.projector = PointProjector(student_channels, teacher_channels or student_channels)
 
     def forward(self, student: Tensor, teacher: Tensor, pixels: Pixels) -> Tensor:
-        """Returns the scalar loss."""
+        """Returns the scalar loss: `compare` with the teacher's `target`."""
         require_pair(student, teacher, pixels)
+        return self.compare(student, self.target(teacher, pixels), pixels)
+
+    @torch.no_grad()
+    def target(self, teacher: Tensor, pixels: Pixels) -> StructuralTarget:
+        """Samples the points and reads the teacher there; what does not change when the student does."""
         if pixels.num_classes is None:
             raise GSKDError("gskd: unknown number of classes, expected Pixels(labels, teacher_logits) or num_classes=K")
+        require_maps("teacher", teacher, batch=pixels.labels.shape[0])
         size = (teacher.shape[2], teacher.shape[3])
-        with torch.autocast(student.device.type, enabled=False):
+        with torch.autocast(teacher.device.type, enabled=False):
             eligible = pixels.teacher_correct_at(size) if self.only_correct else pixels.valid_at(size)
             sample = self._sample(pixels.labels_at(size), eligible, pixels.num_classes)
-            order = random_row_permutation(sample.valid, self.generator)
+            similarity = structural_similarity_map(read_points(teacher, sample.index), sample.valid)
+        return StructuralTarget(sample.index, sample.valid, sample.class_count, similarity, size)
+
+    def compare(self, student: Tensor, target: StructuralTarget, pixels: Pixels) -> Tensor:
+        """The scalar loss against a target made before; the descriptors are drawn anew in every call."""
+        require_maps("student", student, batch=target.index.shape[0])
+        index, valid = target.index, target.valid
+        with torch.autocast(student.device.type, enabled=False):
+            order = random_row_permutation(valid, self.generator)
             if self.group_size == "classes":
-                slots = sample.index.shape[1] // self.samples_per_class
-                groups = group_columns(order, sample.valid, sample.class_count, (self.samples_per_class, slots))
+                slots = index.shape[1] // self.samples_per_class
+                groups = group_columns(order, valid, target.class_count, (self.samples_per_class, slots))
             else:
-                width = sample.index.shape[1] if self.group_size == "all" else self.group_size
-                groups = group_columns(order, sample.valid, width)
-            target = read_points(teacher.detach(), sample.index)
-            points = promote(read_points(student, sample.index, size))
+                groups = group_columns(order, valid, index.shape[1] if self.group_size == "all" else self.group_size)
+            points = promote(read_points(student, index, target.size))
             if self.projector is not None:
                 require_maps("gskd: student", student, channels=self.projector.enter.in_features)
-                points = self.projector(points, sample.valid)
-            return gskd_loss(points, target, sample.valid, groups, self.temperature)
+                points = self.projector(points, valid)
+            similarity = structural_similarity_map(points, valid)
+            return _map_divergence(similarity, target.similarity, valid, groups, self.temperature)
+
+    def target_settings(self) -> dict[str, Any]:
+        """The arguments that `target` depends on: two losses that agree in them can share stored targets."""
+        names = ("samples_per_class", "only_correct", "sampling", "policy", "max_classes")
+        return {"kind": "gskd", **{name: getattr(self, name) for name in names}}
+
+    @staticmethod
+    def pack(target: StructuralTarget) -> dict[str, Tensor]:
+        """The target as few bytes as keep it: the map's upper triangle in fp16; the first dimension is the image."""
+        rows, columns = _upper_triangle(target.similarity)
+        height, width = target.size
+        return {
+            "index": target.index.int(),
+            "valid": target.valid,
+            "class_count": target.class_count.int(),
+            "similarity": target.similarity[:, rows, columns].half(),
+            # Holds nothing, but its shape: read from values on a GPU, the size would make the host wait for them.
+            "grid": target.valid.new_zeros(target.valid.shape[0], 0, height, width),
+        }
+
+    @staticmethod
+    def unpack(packed: Mapping[str, Tensor]) -> StructuralTarget:
+        """The target that was packed, its cosines rounded to fp16."""
+        index, half = packed["index"].long(), packed["similarity"].float()
+        similarity = half.new_zeros(index.shape[0], index.shape[1], index.shape[1])
+        rows, columns = _upper_triangle(similarity)
+        similarity[:, rows, columns] = half
+        similarity[:, columns, rows] = half
+        size = (packed["grid"].shape[2], packed["grid"].shape[3])
+        return StructuralTarget(index, packed["valid"], packed["class_count"].long(), similarity, size)
 
     def _sample(self, labels: Tensor, eligible: Tensor, num_classes: int) -> SampledPoints:
         if self.sampling == "uniform":
@@ -291,3 +362,10 @@ class GSKDLoss(nn.Module):
             max_classes=self.max_classes,
             generator=self.generator,
         )
+
+
+def _upper_triangle(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the entries of (B, M, M) on and above the diagonal."""
+    points = maps.shape[1]
+    rows, columns = torch.triu_indices(points, points, device=maps.device).unbind()
+    return rows, columns

@@ -1,0 +1,55 @@
+"""Samples in batches, in this process or by workers (data -> trainer, cache)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from gskd.errors import GSKDError
+from gskd.stops import ignore_stops
+
+
+@contextlib.contextmanager
+def batches(dataset: Dataset[Any], workers: int, **how: Any) -> Iterator[Iterator[Any]]:
+    """A loader's batches. Its workers end with the block, however it is left.
+
+    An error's traceback keeps the iterator alive to the end of the process, where Python sends SIGTERM to workers that
+    are left, which ours ignore, and waits for them without limit.
+
+    Args:
+        dataset: the samples.
+        workers: processes that load; 0 loads in this one.
+        how: further arguments of ``DataLoader``.
+    """
+    found = iter(
+        DataLoader(
+            dataset,
+            num_workers=workers,
+            worker_init_fn=ignore_stops,
+            generator=torch.Generator(),  # else the loader draws its workers' seed from the global generator
+            **how,
+        )
+    )
+    try:
+        yield _readable(found)
+    finally:
+        if workers:
+            found._shutdown_workers()  # type: ignore[attr-defined]  # torch has no public way
+            for worker in found._workers:  # type: ignore[attr-defined]
+                worker.kill()  # one that is stuck in a file
+
+
+def _readable(found: Iterator[Any]) -> Iterator[Any]:
+    """Errors as they were raised: a worker process sends its whole traceback as the message."""
+    while True:
+        try:
+            batch = next(found)
+        except StopIteration:
+            return
+        except GSKDError as error:
+            raise GSKDError(str(error).rsplit(f"{GSKDError.__name__}: ", 1)[-1].strip()) from None
+        yield batch
