@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gskd.cache import TeacherCache
 from gskd.checkpoint import latest_checkpoint, restore, save_checkpoint
 from gskd.data import SegmentationDataset
-from gskd.data.loading import batches
+from gskd.data.loading import batches, moved
 from gskd.data.views import PositionSampler, TrainingViews, sample_at
 from gskd.distiller import Distillation, Distiller
 from gskd.distributed import sum_over_processes, world_size
@@ -210,7 +210,7 @@ class _Loop:
             group["lr"] = train.lr * learning_rate_factor(step, train)
         self.guard.before_forward()
         for round_ in range(train.accumulate):
-            images, labels, *targets = _moved(next(views), accelerator.device)
+            images, labels, *targets = moved(next(views), accelerator.device)
             inputs = _normalised(images, self.recipe.model, self.teacher_model, train.channels_last)
             last_round = round_ == train.accumulate - 1
             with contextlib.nullcontext() if last_round else accelerator.no_sync(model):
@@ -352,15 +352,6 @@ def _normalised(
     if teacher is None or (teacher.mean, teacher.std) == (student.mean, student.std):
         return student_images, None
     return student_images, normalise(images, teacher.mean, teacher.std).contiguous(memory_format=layout)
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    """Tensors, in lists and dictionaries, on the device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    return [_moved(value, device) for value in batch]
 
 
 def _forward(model: nn.Module, inputs: tuple[Tensor, Tensor | None], labels: Tensor, *targets: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gskd.errors import GSKDError
@@ -53,3 +54,12 @@ def _readable(found: Iterator[Any]) -> Iterator[Any]:
         except GSKDError as error:
             raise GSKDError(str(error).rsplit(f"{GSKDError.__name__}: ", 1)[-1].strip()) from None
         yield batch
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """Tensors, in lists and dictionaries, on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: moved(value, device) for key, value in batch.items()}
+    return [moved(value, device) for value in batch]

@@ -1,0 +1,160 @@
+"""What distillation adds to a plain training step: with the teacher running, and from the teacher cache, in one run.
+
+    python benchmarks/step_cost.py camvid_gskd data.root=path/to/camvid teacher.run=runs/camvid_teacher [--threads 1]
+
+Each row is a whole step: loading the views, forward, backward, update. The rows take turns, so that a busy moment hits
+all alike. The cache is built for as few samples as the steps need, in a temporary folder, and its time is shown apart.
+Without ``teacher.run`` and data of your own, ``scenes teacher.run=...`` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from loss_cost import commit, processor
+
+from gskd.cache import CacheSource, TeacherCache, fill_cache
+from gskd.data import Sample, SegmentationDataset
+from gskd.data.loading import batches, moved
+from gskd.data.views import PositionSampler, TrainingViews
+from gskd.distiller import Distiller
+from gskd.models import normalise
+from gskd.optimization import build_optimizer
+from gskd.pipeline import build_distiller, build_recipe_model, open_split
+from gskd.progress import Progress
+from gskd.recipe import Recipe, load_recipe
+from gskd.run import augmentation_of, autocast_dtype, device_of
+
+
+class Few:
+    """The first samples of a dataset."""
+
+    def __init__(self, data: SegmentationDataset, length: int) -> None:
+        self.data, self.length, self.classes, self.palette = data, min(length, len(data)), data.classes, data.palette
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.data[index]
+
+    def name(self, index: int) -> str:
+        return self.data.name(index)
+
+    def stamp(self) -> str:
+        return f"{self.length} of {self.data.stamp()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="with a teacher, terms and augment.views")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--threads", type=int, default=1, help="default 1")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each row; default 20")
+    parser.add_argument("--samples", type=int, default=32, help="of the training split; default 32")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = [f"teacher.cache={folder}", "augment.views=2"]
+        recipe = load_recipe(args.recipe, [*args.overrides, *fixed])
+        figures = measure(recipe, args.steps, args.samples)
+    about = {
+        "processor": processor(str(device_of(recipe))),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "commit": commit(),
+        "recipe": args.recipe,
+        "batch": recipe.train.batch,
+        "crop": recipe.augment.crop,
+        "terms": {name: term.weight for name, term in recipe.terms.items()},
+    }
+    print("; ".join(f"{key} {value}" for key, value in about.items()))
+    plain = figures["plain"]
+    print(f"{'step':26s}{'ms':>8s}{'x plain':>9s}")
+    for name, seconds in figures.items():
+        print(f"{name:26s}{1e3 * seconds:8.1f}{seconds / plain:9.2f}")
+    if args.json is not None:
+        args.json.write_text(json.dumps({**about, "seconds": figures}, indent=1))
+
+
+def measure(recipe: Recipe, steps: int, samples: int) -> dict[str, float]:
+    """Seconds by row."""
+    device = device_of(recipe)
+    data = Few(open_split(recipe, recipe.data.train), samples)
+    layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+
+    def student() -> torch.nn.Module:
+        torch.manual_seed(recipe.seed)
+        return build_recipe_model(recipe.model, data, "model", recipe.augment.crop)
+
+    live, teacher_model = build_distiller(recipe, student(), data)
+    cached, _ = build_distiller(recipe, student(), data)
+    rows: dict[str, Distiller] = {"plain": Distiller(student()), "teacher at each step": live, "teacher cache": cached}
+    for distiller in rows.values():
+        distiller.to(device, memory_format=layout)
+        distiller.train()
+    source = CacheSource(recipe, live, teacher_model, data)
+    begun = time.perf_counter()
+    cache = fill_cache(source, Progress(enabled=False))
+    building = time.perf_counter() - begun
+    dtype = autocast_dtype(recipe.train.precision)
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    with ExitStack() as stack:
+        turns = {}
+        for (name, distiller), targets in zip(rows.items(), (None, None, cache), strict=True):
+            found = stack.enter_context(loaded(recipe, data, steps, targets))
+            turns[name] = turn(recipe, distiller, teacher_model, found, dtype)
+        for step in range(steps + 3):
+            for name, take in turns.items():
+                start = time.perf_counter()
+                take()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if step >= 3:
+                    times[name].append(time.perf_counter() - start)
+    figures = {name: median(found) for name, found in times.items()}
+    return {**figures, "making the cache, a batch": building / (len(data) * 2) * recipe.train.batch}
+
+
+def loaded(recipe: Recipe, data: SegmentationDataset, steps: int, targets: TeacherCache | None) -> Any:
+    views = TrainingViews(data, augmentation_of(recipe), recipe.seed, recipe.augment.views, targets)
+    sampler = PositionSampler(recipe.train.batch, 0, steps + 3)
+    return batches(views, recipe.data.workers, batch_size=recipe.train.batch, sampler=sampler)
+
+
+def turn(
+    recipe: Recipe, distiller: Distiller, teacher_model: Any, found: Iterator[Any], dtype: torch.dtype
+) -> Callable[[], None]:
+    """One training step at each call."""
+    device = device_of(recipe)
+    layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+    optimizer = build_optimizer(distiller, recipe.train)
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+
+    def take() -> None:
+        images, labels, *targets = moved(next(found), device)
+        inputs = [
+            normalise(images, model.mean, model.std).contiguous(memory_format=layout)
+            for model in (recipe.model, teacher_model)
+        ]
+        with torch.autocast(device.type, half, enabled=dtype == half):
+            result = distiller(inputs[0], labels, inputs[1], *targets)
+        result.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return take
+
+
+if __name__ == "__main__":
+    main()
