@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+PARALLEL := -n auto --dist loadfile  # a file's tests share what they train
 
 .PHONY: demo test test-all lint format benchmark clean
 
@@ -10,10 +11,10 @@ demo: $(INSTALLED)  ## the main job on the built-in scenes: teacher, plain stude
 	$(BIN)/gskd demo --output runs/demo
 
 test: $(INSTALLED)  ## the fast suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-all: $(INSTALLED) lint  ## with the slow tests
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "slow or not slow"
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .

@@ -4,12 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 import gskd._torchvision  # noqa: F401 (before any test imports torchvision, timm or smp)
 
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers, under importlib mode
 
 import helpers
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, for processes that tests start as well
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,19 @@ def test_torchrun_makes_one_run(two, tiny):
     assert (recipe["kind"], recipe["classes"]) == (one["kind"], one["classes"])
 
 
+def test_two_processes_fill_one_cache_and_train_from_it(tiny, tmp_path):
+    arguments = [tiny.recipe, f"teacher.cache={tmp_path / 'cache'}", "augment.views=2", "data.options.length=24"]
+    code, _, err = torchrun("distill", *arguments, f"output={tmp_path / 'two'}", "terms.gskd=null", "terms.memory=null")
+    assert code == 0, err
+    one = gskd_ok("distill", *arguments, f"output={tmp_path / 'one'}", "terms.gskd=null", "terms.memory=null")
+    assert "views to make" not in one.out
+    first = [steps(tmp_path / folder)[0]["terms"] for folder in ("one", "two")]
+    assert first[0]["task"]["raw"] == pytest.approx(first[1]["task"]["raw"], rel=0.05)  # batch norm's statistics
+    assert sorted(path.name[:5] for path in (tmp_path / "cache").glob("*/*.safetensors")) == [
+        "00000", "00000", "00001", "00001", "00002", "00002"
+    ]  # fmt: skip
+
+
 def test_processes_share_the_images_of_a_batch_and_of_a_split(two, tiny):
     """The first step has the weights and images of one process: the same task loss but for batch norm's statistics."""
     run, _ = two
