@@ -14,19 +14,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from gskd import Distiller, GSKDLoss, KDLoss, MSELoss, Term
-from gskd.cache import CacheSource, TargetStore
-from gskd.checkpoint import _sha256
+from gskd.cache import CacheSource, TargetStore, _content_hash
 from gskd.data.datasets import FolderPairs, open_dataset
 from gskd.losses import Pixels, PSDLoss
 from helpers import TERMS, Outcome, assert_same_run, gskd, gskd_ok, recipe_tree, snapshot, spawn, steps
 from test_distiller import Net
 
-SAMPLES, VIEWS = 20, 2
+SAMPLES, VIEWS = 20, 13
 
 
 @pytest.fixture
 def recipe(tiny, tmp_path) -> Path:
-    """Three shards of two views each, for all the usual terms."""
+    """Three shards, for all the usual terms."""
     return write(tmp_path, tiny.teacher)
 
 
@@ -105,6 +104,17 @@ def test_a_distiller_gives_the_same_from_stored_targets_without_its_teacher():
     assert distiller.student.body[0].weight.grad.abs().sum() > 0
 
 
+def test_points_do_not_depend_on_the_terms_that_stand_beside():
+    images, labels = torch.randn(2, 3, 16, 24), torch.randint(0, 4, (2, 16, 24))
+
+    def points(*counts: int) -> torch.Tensor:
+        terms = {f"gskd{n}": Term(GSKDLoss(samples_per_class=n, only_correct=False), 1, "body", "body") for n in counts}
+        torch.manual_seed(0)
+        return Distiller(Net(5), Net(8), terms).teacher_targets(images, labels, seed=3)["gskd4"]["index"]
+
+    assert torch.equal(points(4), points(9, 4))
+
+
 def test_a_teacher_in_bf16_is_stored_as_it_is():
     images, labels = torch.randn(2, 3, 16, 24), torch.randint(0, 4, (2, 16, 24))
     terms = {"mse": Term(MSELoss(student_channels=5, teacher_channels=8), 2, "body", "body")}
@@ -168,7 +178,7 @@ def test_verify_finds_values_of_another_teacher(recipe, tmp_path):
     victim = next(path for path in shards(tmp_path) if "gskd" in path.parent.name)
     tensors = load_file(victim)
     save_file({**tensors, "similarity": -tensors["similarity"]}, victim)
-    victim.rename(victim.with_name(f"{victim.name[:5]}-{_sha256(victim)[:16]}.safetensors"))
+    victim.rename(victim.with_name(f"{victim.name[:5]}-{_content_hash(victim)}.safetensors"))
     assert_refused(gskd("cache", "verify", recipe), "gskd.similarity of shard 00000 is off by")
 
 
@@ -208,7 +218,7 @@ def test_anything_else_is_another_cache(recipe, tiny, tmp_path):
     for change in (
         f"teacher.run={other}",
         "augment.flip=0.25",
-        "augment.views=1",
+        "augment.views=3",
         "teacher.precision=bf16",
         "data.options.seed=1",
         "terms.gskd.args.samples_per_class=5",
@@ -280,7 +290,7 @@ def test_two_builders_and_a_kill(recipe, tiny, tmp_path):
     """One is killed midway, two go on side by side: what they make is what one alone makes."""
     alone = tmp_path / "alone"
     alone.mkdir()
-    more = ["data.options.length=160"]
+    more = ["data.options.length=100"]
     gskd_ok("cache", "build", write(alone, tiny.teacher), *more)
     victim = spawn("cache", "build", recipe, *more)
     deadline = time.monotonic() + 90

@@ -57,7 +57,7 @@ def test_torchrun_makes_one_run(two, tiny):
 
 
 def test_two_processes_fill_one_cache_and_train_from_it(tiny, tmp_path):
-    arguments = [tiny.recipe, f"teacher.cache={tmp_path / 'cache'}", "augment.views=2", "data.options.length=24"]
+    arguments = [tiny.recipe, f"teacher.cache={tmp_path / 'cache'}", "augment.views=12", "data.options.length=24"]
     code, _, err = torchrun("distill", *arguments, f"output={tmp_path / 'two'}", "terms.gskd=null", "terms.memory=null")
     assert code == 0, err
     one = gskd_ok("distill", *arguments, f"output={tmp_path / 'one'}", "terms.gskd=null", "terms.memory=null")

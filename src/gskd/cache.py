@@ -5,7 +5,7 @@
     cache/
       gskd-3f2a9c01d4e5b678/     one kind of target; all that it depends on is hashed into the name
         about.json               ... and spelled out here
-        00000-9b1c0e4d7a55f210.safetensors   all views of samples 0 to 7; the name holds the hash of the content
+        00000-9b1c0e4d7a55f210.safetensors   128 views in a row; the name holds the hash of the content
 
 Another teacher, dataset, augmentation or loss argument is another folder, so what is stale is never found. Every shard
 is checked against its hash before training; a damaged one is made again. Shards are written beside their place and
@@ -18,9 +18,13 @@ import hashlib
 import json
 import os
 import random
+import re
+import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,38 +46,54 @@ from gskd.stops import Stopped, StopRequest
 
 _FORMAT = 1
 """Counts changes of what is stored and of how targets are made."""
-_SAMPLES_PER_SHARD = 8
+_VIEWS_PER_SHARD = 128
 _VIEWS_PER_PASS = 8  # fixed, since the points that are sampled depend on which images share a pass
+_SHARD = re.compile(r"(\d{5,})-([0-9a-f]{16})\.safetensors")
+_ABANDONED = 3600  # seconds since a file was last written that is not in its place yet
 
 
 @dataclass
 class TargetStore:
-    """The targets of one kind for all views of all samples."""
+    """The targets of one kind for all views. View v of sample i is item i * views + v."""
 
     folder: Path
     about: dict[str, Any]
-    samples: int
-    views: int
+    items: int
+    """How many there are when it is whole."""
     _open: dict[int, Any] = field(default_factory=dict, repr=False)
+    _paths: dict[int, Path] = field(default_factory=dict, repr=False)
 
     def shards(self) -> dict[int, Path]:
         """The files that are there, by number."""
-        return {int(path.name[:5]): path for path in sorted(self.folder.glob("[0-9]*-*.safetensors"))}
+        try:
+            found = [(name, path) for path in self.folder.iterdir() if (name := _SHARD.fullmatch(path.name))]
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise GSKDError(f"cache {self.folder}: cannot be read: {error.strerror or error}") from None
+        return {int(name[1]): path for name, path in found}
 
-    def items(self, shard: int) -> range:
-        """Which views a shard holds, counted through all samples."""
-        first = shard * _SAMPLES_PER_SHARD
-        return range(first * self.views, min(first + _SAMPLES_PER_SHARD, self.samples) * self.views)
+    def shard_items(self, shard: int) -> range:
+        """Which items a shard holds."""
+        return range(shard * _VIEWS_PER_SHARD, min((shard + 1) * _VIEWS_PER_SHARD, self.items))
 
-    def drop_damaged(self) -> list[str]:
-        """Removes every file whose content is not what its name says, and names it."""
+    def missing(self) -> set[int]:
+        """Numbers of the shards that are not there."""
+        return set(range(-(-self.items // _VIEWS_PER_SHARD))) - self.shards().keys()
+
+    def tidy(self) -> list[str]:
+        """Removes every file whose content is not what its name says, and names it; and what a kill left behind."""
         damaged = []
-        for path in self.shards().values():
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest()[:16] == path.stem[6:]:
-                    continue
-            path.unlink(missing_ok=True)
-            damaged.append(f"cache {path}: is damaged and made again")
+        try:
+            for path in self.shards().values():
+                if _content_hash(path) != path.stem[-16:]:
+                    path.unlink(missing_ok=True)
+                    damaged.append(f"cache {path}: is damaged and made again")
+            for path in self.folder.glob("*.partial*"):
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise GSKDError(f"cache {self.folder}: cannot be checked: {error.strerror or error}") from None
         return damaged
 
     def write(self, shard: int, packed: Packed) -> None:
@@ -87,25 +107,23 @@ class TargetStore:
             about = self.folder / "about.json"
             if not about.is_file():
                 write_text(about, json.dumps(self.about, indent=1))
-            mine = self.folder / f"{shard:05d}.{os.getpid()}"
+            mine = self.folder / f"{shard:05d}.{secrets.token_hex(4)}.partial"  # others may be at the same one
             write_tensors(packed, mine)
-            with open(mine, "rb") as file:
-                name = f"{shard:05d}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}.safetensors"
-            os.replace(mine, self.folder / name)
+            os.replace(mine, self.folder / f"{shard:05d}-{_content_hash(mine)}.safetensors")
         except OSError as error:
             raise GSKDError(f"cache {self.folder}: cannot be written: {error.strerror or error}") from None
 
-    def read(self, sample: int, view: int) -> Packed:
-        """The target of one view, without the dimension of the image.
+    def read(self, item: int) -> Packed:
+        """One target, without the dimension of the image.
 
         Raises:
             GSKDError: it is not there, or cannot be read.
         """
-        shard, within = divmod(sample, _SAMPLES_PER_SHARD)
-        row = within * self.views + view
+        shard, row = divmod(item, _VIEWS_PER_SHARD)
         try:
             if shard not in self._open:
-                self._open[shard] = safe_open(self.shards()[shard], framework="pt")
+                self._paths = self._paths or self.shards()
+                self._open[shard] = safe_open(self._paths[shard], framework="pt")
             file = self._open[shard]
             return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (KeyError, OSError, SafetensorError) as error:
@@ -113,6 +131,11 @@ class TargetStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # a worker process opens its own
+
+
+def _content_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -139,7 +162,7 @@ class CacheSource:
         Args:
             images: (B, 3, h, w) uint8.
             labels: (B, h, w) int64.
-            first: number of the first view; what is random depends on it alone.
+            first: number of the first view; what is random in a term's target depends on it alone.
         """
         recipe, model, teacher = self.recipe, self.teacher_model, self.distiller.teacher
         assert teacher is not None
@@ -149,9 +172,9 @@ class CacheSource:
         normal = normalise(images.to(device), model.mean, model.std).contiguous(memory_format=layout)
         dtype = autocast_dtype(recipe.teacher.precision or recipe.train.precision)
         half = torch.bfloat16 if dtype == torch.float32 else dtype
-        with torch.random.fork_rng(), torch.autocast(device.type, half, enabled=dtype == half):
-            torch.manual_seed(first)
-            made = self.distiller.teacher_targets(normal, labels.to(device))
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.autocast(device.type, half, enabled=dtype == half):
+            made = self.distiller.teacher_targets(normal, labels.to(device), seed=first)
         return {term: {key: value.cpu().contiguous() for key, value in one.items()} for term, one in made.items()}
 
 
@@ -168,7 +191,7 @@ class TeacherCache:
         self.limit = int(recipe.teacher.cache_gib * 2**30)
         args = without_pretraining(teacher_model.name, teacher_model.args)
         shared = {
-            "format": _FORMAT,
+            "version": [_FORMAT, version("gskd")],
             "teacher": asdict(replace(teacher_model, args=args, weights=None)),
             "weights": weights_hash(distiller.teacher),
             "precision": str(recipe.teacher.precision or recipe.train.precision),
@@ -181,37 +204,37 @@ class TeacherCache:
             about = {"target": target, **shared}
             digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
             folder = self.root / f"{target['kind']}-{digest}"
-            self.stores[term] = TargetStore(folder, about, len(data), recipe.augment.views)
+            self.stores[term] = TargetStore(folder, about, len(data) * recipe.augment.views)
+        self.views = recipe.augment.views
 
     def __call__(self, sample: int, view: int) -> dict[str, Packed]:
         """The targets of one view by term; terms that share a kind share what was read."""
         read: dict[Path, Packed] = {}
         for store in self.stores.values():
             if store.folder not in read:
-                read[store.folder] = store.read(sample, view)
+                read[store.folder] = store.read(sample * self.views + view)
         return {term: read[store.folder] for term, store in self.stores.items()}
 
-    def missing(self) -> list[int]:
+    def missing(self) -> set[int]:
         """Numbers of the shards that some store lacks."""
-        one = next(iter(self.stores.values()))
-        found = [store.shards() for store in self.stores.values()]
-        return [shard for shard in range(-(-one.samples // _SAMPLES_PER_SHARD)) if any(shard not in f for f in found)]
+        return set().union(*(store.missing() for store in self.stores.values()))
 
     def require_whole(self) -> None:
         """Raises `GSKDError` where a shard is missing."""
         if missing := self.missing():
-            raise GSKDError(f"cache {self.root}: {len(missing)} shards are missing, first {missing[0]:05d}")
+            raise GSKDError(f"cache {self.root}: {len(missing)} shards are missing, first {min(missing):05d}")
 
-    def drop_damaged(self) -> list[str]:
+    def tidy(self) -> list[str]:
         """Removes damaged shards, and names them."""
-        return [line for store in self._kinds().values() for line in store.drop_damaged()]
+        kinds = {store.folder: store for store in self.stores.values()}
+        return [line for store in kinds.values() for line in store.tidy()]
 
     def size(self) -> int:
         """Bytes of all that lies in the folder of all caches."""
-        return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
-
-    def _kinds(self) -> dict[Path, TargetStore]:
-        return {store.folder: store for store in self.stores.values()}
+        try:
+            return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+        except OSError as error:
+            raise GSKDError(f"cache {self.root}: cannot be read: {error.strerror or error}") from None
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -236,18 +259,18 @@ def fill_cache(source: CacheSource, progress: Progress, stop: StopRequest | None
         Stopped: ``stop`` was requested; whole shards are kept.
     """
     cache = TeacherCache(source)
-    for line in cache.drop_damaged():
+    for line in cache.tidy():
         progress.say(line)
-    missing = cache.missing()
+    missing = sorted(cache.missing())
     random.Random(os.getpid()).shuffle(missing)  # processes that fill the same cache begin at different ends
     store = next(iter(cache.stores.values()))
-    total = sum(len(store.items(shard)) for shard in missing)
+    total = sum(len(store.shard_items(shard)) for shard in missing)
     passes: list[tuple[int, range]] = []  # filled as the loader asks, emptied as its batches come
 
     def plan() -> Iterator[range]:
         for shard in missing:
-            if shard in cache.missing():  # no other process has made it since
-                items = store.items(shard)
+            if any(shard in one.missing() for one in cache.stores.values()):  # no other process has made it since
+                items = store.shard_items(shard)
                 for first in range(items.start, items.stop, _VIEWS_PER_PASS):
                     passes.append((shard, range(first, min(first + _VIEWS_PER_PASS, items.stop))))
                     yield passes[-1][1]
@@ -262,9 +285,9 @@ def fill_cache(source: CacheSource, progress: Progress, stop: StopRequest | None
                 _check_room(cache, targets, total, progress)
             parts.append(targets)
             done += len(items)
-            if items.stop == store.items(shard).stop:
+            if items.stop == store.shard_items(shard).stop:
                 for term, one in cache.stores.items():
-                    if shard not in one.shards():
+                    if shard in one.missing():
                         one.write(shard, {key: torch.cat([part[term][key] for part in parts]) for key in targets[term]})
                 parts.clear()
             if tick is not None:
@@ -283,11 +306,11 @@ def verify_cache(cache: TeacherCache, source: CacheSource) -> Iterator[tuple[str
     views = source.views()
     shards = sorted(store.shards())
     for shard in shards[:: max(1, len(shards) // 8)][:8]:
-        items = store.items(shard)[:_VIEWS_PER_PASS]
+        items = store.shard_items(shard)[:_VIEWS_PER_PASS]
         images, labels = map(torch.stack, zip(*(views[item] for item in items), strict=True))
         computed = source.targets(images, labels, items.start)
         for term, one in cache.stores.items():
-            stored = [one.read(*divmod(item, one.views)) for item in items]
+            stored = [one.read(item) for item in items]
             for key, value in computed[term].items():
                 if value.numel():
                     kept = torch.stack([packed[key] for packed in stored]).double()
@@ -297,8 +320,7 @@ def verify_cache(cache: TeacherCache, source: CacheSource) -> Iterator[tuple[str
 
 def _check_room(cache: TeacherCache, targets: Mapping[str, Packed], views: int, progress: Progress) -> None:
     """Says what filling the cache takes; an error where that is too much."""
-    missing = set(cache.missing())
-    kinds = {store.folder: targets[term] for term, store in cache.stores.items() if missing - store.shards().keys()}
+    kinds = {store.folder: targets[term] for term, store in cache.stores.items() if store.missing()}
     sizes = {}
     for folder, packed in kinds.items():
         images = len(next(iter(packed.values())))
@@ -314,8 +336,11 @@ def _check_room(cache: TeacherCache, targets: Mapping[str, Packed], views: int, 
             f"cache {cache.root}: needs {_mib(needed)} beside the {_mib(there)} that are there;"
             f" expected at most teacher.cache_gib, {_mib(cache.limit)}"
         )
-    cache.root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache.root).free
+    try:
+        cache.root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache.root).free
+    except OSError as error:
+        raise GSKDError(f"cache {cache.root}: cannot be made: {error.strerror or error}") from None
     if needed > free:
         raise GSKDError(f"cache {cache.root}: needs {_mib(needed)}; the disk has {_mib(free)} left")
 

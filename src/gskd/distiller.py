@@ -269,7 +269,7 @@ class Distiller(nn.Module):
             )
 
     @torch.no_grad()
-    def teacher_targets(self, images: Tensor, labels: Tensor) -> dict[str, Packed]:
+    def teacher_targets(self, images: Tensor, labels: Tensor, seed: int | None = None) -> dict[str, Packed]:
         """What the terms need of the teacher for a batch, to be stored and given to `forward` instead of running it.
 
         A loss says itself what it needs by ``target``, ``compare``, ``pack`` and ``unpack``, see `GSKDLoss`. For any
@@ -278,6 +278,8 @@ class Distiller(nn.Module):
         Args:
             images: (B, 3, H, W), normalised as the teacher wants them.
             labels: (B, H, W) int64.
+            seed: what is random in each term's target then depends on it alone, and not on the terms beside it; the
+                global generator is left seeded.
 
         Returns:
             By term, tensors by name, whose first dimension is the image.
@@ -289,6 +291,8 @@ class Distiller(nn.Module):
         packed: dict[str, Packed] = {}
         for name, loss in self.losses.items():
             if isinstance(loss, HasTarget):
+                if seed is not None:
+                    torch.manual_seed(seed)
                 packed[name] = loss.pack(loss.target(teacher_maps[name], pixels))
             else:
                 packed[name] = _pack_maps(name, teacher_maps[name])
