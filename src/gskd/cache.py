@@ -14,8 +14,10 @@ renamed, and hold the same whoever makes them: several processes may fill one ca
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -30,22 +32,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from gskd.checkpoint import write_text
 from gskd.data import SegmentationDataset
 from gskd.data.loading import batches
 from gskd.data.views import FixedViews
 from gskd.distiller import Distiller, Packed
 from gskd.errors import GSKDError
-from gskd.models import normalise, write_tensors
+from gskd.models import normalise
 from gskd.progress import Progress
 from gskd.recipe import ModelRecipe, Recipe
 from gskd.run import augmentation_of, autocast_dtype, without_pretraining
-from gskd.stops import Stopped, StopRequest
+from gskd.stops import StopRequest
 
 _FORMAT = 1
 """Counts changes of what is stored and of how targets are made."""
+_MATTER = ("gskd", "torch", "torchvision", "pillow")
+"""Packages whose version may change what a view or a target holds."""
 _VIEWS_PER_SHARD = 128
 _VIEWS_PER_PASS = 8  # fixed, since the points that are sampled depend on which images share a pass
 _SHARD = re.compile(r"(\d{5,})-([0-9a-f]{16})\.safetensors")
@@ -81,23 +85,30 @@ class TargetStore:
         """Numbers of the shards that are not there."""
         return set(range(-(-self.items // _VIEWS_PER_SHARD))) - self.shards().keys()
 
-    def tidy(self) -> list[str]:
+    def tidy(self, stop: StopRequest | None = None) -> list[str]:
         """Removes every file whose content is not what its name says, and names it; and what a kill left behind."""
-        damaged = []
+        damaged, whole = [], set[str]()
         try:
-            for path in self.shards().values():
-                if _content_hash(path) != path.stem[-16:]:
-                    path.unlink(missing_ok=True)
-                    damaged.append(f"cache {path}: is damaged and made again")
-            for path in self.folder.glob("*.partial*"):
-                if time.time() - path.stat().st_mtime > _ABANDONED:
-                    path.unlink(missing_ok=True)
+            for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
+                if stop is not None and stop.requested:
+                    break
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    if name := _SHARD.fullmatch(path.name):
+                        found = path.stat()
+                        intact = _content_hash(path.read_bytes()) == name[2]
+                        if intact and name[1] not in whole:
+                            whole.add(name[1])
+                        elif path.stat().st_ino == found.st_ino:  # not made again by another process meanwhile
+                            path.unlink()
+                            damaged += [] if intact else [f"cache {path}: is damaged and removed"]
+                    elif path.suffix == ".partial" and time.time() - path.stat().st_mtime > _ABANDONED:
+                        path.unlink()
         except OSError as error:
             raise GSKDError(f"cache {self.folder}: cannot be checked: {error.strerror or error}") from None
         return damaged
 
     def write(self, shard: int, packed: Packed) -> None:
-        """Adds a shard, whole or not at all.
+        """Adds a shard, whole or not at all; nothing where another process has added it.
 
         Raises:
             GSKDError: the disk is full, or the folder cannot be written.
@@ -106,10 +117,10 @@ class TargetStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             about = self.folder / "about.json"
             if not about.is_file():
-                write_text(about, json.dumps(self.about, indent=1))
-            mine = self.folder / f"{shard:05d}.{secrets.token_hex(4)}.partial"  # others may be at the same one
-            write_tensors(packed, mine)
-            os.replace(mine, self.folder / f"{shard:05d}-{_content_hash(mine)}.safetensors")
+                _place(json.dumps(self.about, indent=1).encode(), about)
+            if shard in self.missing():
+                data = save(packed, metadata=self._place_of(shard))
+                _place(data, self.folder / f"{shard:05d}-{_content_hash(data)}.safetensors")
         except OSError as error:
             raise GSKDError(f"cache {self.folder}: cannot be written: {error.strerror or error}") from None
 
@@ -123,19 +134,39 @@ class TargetStore:
         try:
             if shard not in self._open:
                 self._paths = self._paths or self.shards()
-                self._open[shard] = safe_open(self._paths[shard], framework="pt")
+                opened = safe_open(self._paths[shard], framework="pt")
+                if opened.metadata() != self._place_of(shard):  # type: ignore[no-untyped-call]
+                    raise OSError(f"{self._paths[shard].name} was made for another place")
+                self._open[shard] = opened
             file = self._open[shard]
             return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (KeyError, OSError, SafetensorError) as error:
             raise GSKDError(f"cache {self.folder}: shard {shard:05d} cannot be read: {error}") from None
 
+    def _place_of(self, shard: int) -> dict[str, str]:
+        """What is written into a file; one entry, as safetensors does not keep the order of several."""
+        return {"place": f"{self.folder.name}/{shard:05d}"}
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # a worker process opens its own
 
 
-def _content_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def _content_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _place(data: bytes, path: Path) -> None:
+    """Writes a file beside its place and renames it; others may be at the same one."""
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(frozen=True)
@@ -191,7 +222,7 @@ class TeacherCache:
         self.limit = int(recipe.teacher.cache_gib * 2**30)
         args = without_pretraining(teacher_model.name, teacher_model.args)
         shared = {
-            "version": [_FORMAT, version("gskd")],
+            "versions": {"format": _FORMAT, **{name: version(name) for name in _MATTER}},
             "teacher": asdict(replace(teacher_model, args=args, weights=None)),
             "weights": weights_hash(distiller.teacher),
             "precision": str(recipe.teacher.precision or recipe.train.precision),
@@ -224,17 +255,18 @@ class TeacherCache:
         if missing := self.missing():
             raise GSKDError(f"cache {self.root}: {len(missing)} shards are missing, first {min(missing):05d}")
 
-    def tidy(self) -> list[str]:
+    def tidy(self, stop: StopRequest | None = None) -> list[str]:
         """Removes damaged shards, and names them."""
         kinds = {store.folder: store for store in self.stores.values()}
-        return [line for store in kinds.values() for line in store.tidy()]
+        return [line for store in kinds.values() for line in store.tidy(stop)]
 
     def size(self) -> int:
         """Bytes of all that lies in the folder of all caches."""
-        try:
-            return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
-        except OSError as error:
-            raise GSKDError(f"cache {self.root}: cannot be read: {error.strerror or error}") from None
+        total = 0
+        for path in self.root.rglob("*"):
+            with contextlib.suppress(OSError):  # moved to its place by another process
+                total += path.stat().st_size if path.is_file() else 0
+        return total
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -246,23 +278,22 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def fill_cache(source: CacheSource, progress: Progress, stop: StopRequest | None = None) -> TeacherCache:
-    """Opens a cache and makes what it lacks: all the first time, damaged shards later, nothing when it is whole.
+def fill_cache(cache: TeacherCache, source: CacheSource, progress: Progress, stop: StopRequest | None = None) -> None:
+    """Makes what a cache lacks: all the first time, nothing when it is whole.
 
     Args:
+        cache: of the same source.
         source: what it is filled from.
         progress: where lines for people go.
-        stop: looked at between passes of the teacher.
+        stop: looked at between passes of the teacher; whole shards are kept.
 
     Raises:
         GSKDError: it would grow past ``teacher.cache_gib``, or past the disk; what is there is left.
-        Stopped: ``stop`` was requested; whole shards are kept.
     """
-    cache = TeacherCache(source)
-    for line in cache.tidy():
-        progress.say(line)
     missing = sorted(cache.missing())
-    random.Random(os.getpid()).shuffle(missing)  # processes that fill the same cache begin at different ends
+    if not missing:
+        return
+    random.Random(secrets.token_hex()).shuffle(missing)  # processes that fill the same cache begin at different ends
     store = next(iter(cache.stores.values()))
     total = sum(len(store.shard_items(shard)) for shard in missing)
     passes: list[tuple[int, range]] = []  # filled as the loader asks, emptied as its batches come
@@ -282,25 +313,24 @@ def fill_cache(source: CacheSource, progress: Progress, stop: StopRequest | None
             shard, items = passes.pop(0)
             targets = source.targets(images, labels, items.start)
             if done == 0:
-                _check_room(cache, targets, total, progress)
+                _check_room(cache, targets, progress)
             parts.append(targets)
             done += len(items)
             if items.stop == store.shard_items(shard).stop:
                 for term, one in cache.stores.items():
-                    if shard in one.missing():
-                        one.write(shard, {key: torch.cat([part[term][key] for part in parts]) for key in targets[term]})
+                    one.write(shard, {key: torch.cat([part[term][key] for part in parts]) for key in targets[term]})
                 parts.clear()
             if tick is not None:
                 tick(done, total)
             if stop is not None and stop.requested:
-                raise Stopped(f"view {done} of {total} of the cache")
-    return cache
+                return
 
 
 def verify_cache(cache: TeacherCache, source: CacheSource) -> Iterator[tuple[str, float]]:
     """Recomputes one pass of each of up to eight shards with the teacher: where, and the largest relative deviation.
 
-    A deviation is the largest difference of a tensor over its largest value; 0 on the machine that made the cache.
+    A deviation is the largest difference of a tensor over its largest value; 0 on the machine that made the cache. On
+    another kind of device GSKD's points are other draws.
     """
     store = next(iter(cache.stores.values()))
     views = source.views()
@@ -315,22 +345,21 @@ def verify_cache(cache: TeacherCache, source: CacheSource) -> Iterator[tuple[str
                 if value.numel():
                     kept = torch.stack([packed[key] for packed in stored]).double()
                     scale = max(kept.abs().max().item(), 1e-12)
-                    yield f"{term}.{key} of shard {shard:05d}", ((kept - value.double()).abs().max() / scale).item()
+                    deviation = ((kept - value.double()).abs().max() / scale).item()
+                    yield f"{term}.{key} of shard {shard:05d}", math.inf if math.isnan(deviation) else deviation
 
 
-def _check_room(cache: TeacherCache, targets: Mapping[str, Packed], views: int, progress: Progress) -> None:
+def _check_room(cache: TeacherCache, targets: Mapping[str, Packed], progress: Progress) -> None:
     """Says what filling the cache takes; an error where that is too much."""
-    kinds = {store.folder: targets[term] for term, store in cache.stores.items() if store.missing()}
-    sizes = {}
-    for folder, packed in kinds.items():
-        images = len(next(iter(packed.values())))
-        sizes[folder.name] = sum(value.nbytes for value in packed.values()) / images
-    per_view = sum(sizes.values())
-    each = ", ".join(f"{name} {size / 1024:.1f}" for name, size in sizes.items())
-    needed, there = int(per_view * views), cache.size()
-    progress.say(
-        f"cache {cache.root}: {views} views to make, {per_view / 1024:.1f} KiB each ({each}), {_mib(needed)} together"
-    )
+    needed, there = 0, cache.size()
+    for term, store in {store.folder: (term, store) for term, store in cache.stores.items()}.values():
+        views = sum(len(store.shard_items(shard)) for shard in store.missing())
+        images = len(next(iter(targets[term].values())))
+        each = sum(value.nbytes for value in targets[term].values()) / images
+        needed += int(each * views)
+        if views:
+            size = f"{each / 1024:.1f} KiB each, {_mib(int(each * views))}"
+            progress.say(f"cache {store.folder}: {views} views to make, {size}")
     if needed + there > cache.limit:
         raise GSKDError(
             f"cache {cache.root}: needs {_mib(needed)} beside the {_mib(there)} that are there;"

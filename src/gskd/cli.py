@@ -225,31 +225,36 @@ def check_data(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @cache_app.command("build")
-def build_cache(recipe: RecipeName, overrides: Overrides = None) -> None:
+def cache_build(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Run the teacher on all fixed views of a recipe that names teacher.cache and augment.views.
 
     gskd distill does the same where something is missing. What is there and whole is not made again.
     """
-    from gskd.pipeline import cache_for
+    from gskd.pipeline import build_cache
     from gskd.progress import Progress
     from gskd.recipe import load_recipe
 
-    cache, _ = cache_for(load_recipe(recipe, overrides or []), Progress(console))
+    cache = build_cache(load_recipe(recipe, overrides or []), Progress(console))
     console.print(f"{cache.root}: whole, {cache.size() / 2**30:.2f} GiB", markup=False, soft_wrap=True)
 
 
 @cache_app.command("verify")
-def verify(recipe: RecipeName, overrides: Overrides = None) -> None:
+def cache_verify(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Recompute a sample of a recipe's cache with its teacher and show how far the stored values are off.
 
-    Damaged files are made again first. Exits 2 if a value is off by more than 1 % of the largest beside it.
+    Exits 2 if files are missing or damaged, or a value is off by more than 1 % of the largest beside it. To be run on
+    the kind of machine that made the cache: on another, GSKD's points are other draws.
     """
-    from gskd.cache import verify_cache
-    from gskd.pipeline import cache_for
-    from gskd.progress import Progress
+    from gskd.cache import TeacherCache, verify_cache
+    from gskd.pipeline import cache_source
     from gskd.recipe import load_recipe
 
-    cache, source = cache_for(load_recipe(recipe, overrides or []), Progress(console))
+    source = cache_source(load_recipe(recipe, overrides or []))
+    cache = TeacherCache(source)
+    damaged = cache.tidy()
+    for line in damaged:
+        console.print(line, markup=False, soft_wrap=True)
+    cache.require_whole()
     worst = ("", 0.0)
     for where, deviation in verify_cache(cache, source):
         console.print(f"{where}: {deviation:.2g}", markup=False, soft_wrap=True)

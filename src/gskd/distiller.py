@@ -285,7 +285,7 @@ class Distiller(nn.Module):
             By term, tensors by name, whose first dimension is the image.
 
         Raises:
-            GSKDError: a map is too large for fp16; whatever taps and losses refuse.
+            GSKDError: a value is not finite or too large for fp16; whatever taps and losses refuse.
         """
         pixels, teacher_maps = self._teach(images, labels)
         packed: dict[str, Packed] = {}
@@ -295,7 +295,13 @@ class Distiller(nn.Module):
                     torch.manual_seed(seed)
                 packed[name] = loss.pack(loss.target(teacher_maps[name], pixels))
             else:
-                packed[name] = _pack_maps(name, teacher_maps[name])
+                packed[name] = _pack_maps(teacher_maps[name])
+            for value in packed[name].values():
+                if value.is_floating_point() and not value.isfinite().all():
+                    raise GSKDError(
+                        f"term {name!r}: what the teacher gives at {self.teacher_layers[name]!r} is not finite, or too"
+                        " large to store as fp16"
+                    )
         return packed
 
     def target_settings(self, name: str) -> dict[str, Any]:
@@ -320,15 +326,11 @@ class Distiller(nn.Module):
         return Pixels(labels, logits), {name: _read(taps, layers) for name, layers in self.teacher_layers.items()}
 
 
-def _pack_maps(term: str, maps: Tensor | list[Tensor]) -> Packed:
+def _pack_maps(maps: Tensor | list[Tensor]) -> Packed:
     """Maps of one layer or several, in half precision; what is in half precision stays as it is."""
-    packed = {}
-    for level, one in enumerate([maps] if isinstance(maps, Tensor) else maps):
-        half = one if one.dtype in (torch.float16, torch.bfloat16) else one.half()
-        if not half.isfinite().all():
-            raise GSKDError(f"term {term!r}: the teacher's map holds {one.abs().max():.3g}, too large to store as fp16")
-        packed[str(level)] = half
-    return packed
+    levels = [maps] if isinstance(maps, Tensor) else maps
+    halves = (torch.float16, torch.bfloat16)
+    return {str(level): one if one.dtype in halves else one.half() for level, one in enumerate(levels)}
 
 
 def _unpack_maps(packed: Packed, layers: Layers) -> Tensor | list[Tensor]:

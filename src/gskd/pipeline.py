@@ -18,6 +18,7 @@ from gskd.checkpoint import write_text
 from gskd.data import SegmentationDataset
 from gskd.data.datasets import Cached, open_dataset
 from gskd.distiller import Distiller, Layers, Term, resolve_layers, tap_names
+from gskd.distributed import rank
 from gskd.errors import GSKDError, near_names
 from gskd.evaluation import evaluate
 from gskd.losses import LOSSES
@@ -26,7 +27,7 @@ from gskd.models import build_model, check_classes, count_parameters, load_weigh
 from gskd.progress import Progress
 from gskd.recipe import EvalRecipe, ModelRecipe, Recipe, TeacherRecipe, TermRecipe, TrainRecipe, dump_recipe
 from gskd.run import Run, autocast_dtype, device_of, inference_of, without_pretraining
-from gskd.stops import StopRequest
+from gskd.stops import Stopped, StopRequest
 from gskd.taps import channels
 from gskd.trainer import build_accelerator, fit
 
@@ -117,9 +118,7 @@ def train_model(
         try:
             cache = None
             if teacher_model is not None and recipe.teacher is not None and recipe.teacher.cache is not None:
-                cache = fill_cache(CacheSource(recipe, distiller, teacher_model, train_data), progress, stop)
-                accelerator.wait_for_everyone()
-                cache.require_whole()
+                cache = _whole_cache(CacheSource(recipe, distiller, teacher_model, train_data), progress, stop)
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()  # of scoring the teacher
             last, seconds = fit(
@@ -165,17 +164,21 @@ def prepare_caches(recipes: Sequence[Recipe], progress: Progress) -> None:
             for number, recipe in enumerate(group)
             for name, term in recipe.terms.items()
         }
-        cache_for(replace(group[0], terms=terms), progress)
+        build_cache(replace(group[0], terms=terms), progress)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # for the runs, which are other processes
 
 
-def cache_for(recipe: Recipe, progress: Progress) -> tuple[TeacherCache, CacheSource]:
-    """A recipe's teacher cache, filled, and what it is filled from.
+def cache_source(recipe: Recipe) -> CacheSource:
+    """What a recipe's teacher cache is filled from, built anew.
 
     Raises:
-        GSKDError: the recipe names no cache; or as `prepare_caches`.
+        GSKDError: the recipe names no cache, or cannot be built.
     """
     if recipe.teacher is None or recipe.teacher.cache is None or not recipe.terms:
         raise GSKDError("cache: expected a recipe with terms and teacher.cache, the folder for the teacher's results")
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
     data = open_split(recipe, recipe.data.train)
     student = build_recipe_model(recipe.model, data, "model", recipe.augment.crop)
     distiller, teacher_model = build_distiller(recipe, student, data)
@@ -185,9 +188,38 @@ def cache_for(recipe: Recipe, progress: Progress) -> tuple[TeacherCache, CacheSo
         distiller, teacher_model = build_distiller(recipe, student, data)
     layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
     distiller.to(device_of(recipe), memory_format=layout)  # type: ignore[call-overload]
-    source = CacheSource(recipe, distiller, teacher_model, data)
+    return CacheSource(recipe, distiller, teacher_model, data)
+
+
+def build_cache(recipe: Recipe, progress: Progress) -> TeacherCache:
+    """A recipe's teacher cache, made where it was missing or damaged.
+
+    Raises:
+        GSKDError: as `cache_source` and `gskd.cache.fill_cache`.
+        Stopped: SIGTERM or Ctrl-C came; what was done is kept.
+    """
+    source = cache_source(recipe)
     with progress, StopRequest() as stop:
-        return fill_cache(source, progress, stop), source
+        return _whole_cache(source, progress, stop)
+
+
+def _whole_cache(source: CacheSource, progress: Progress, stop: StopRequest) -> TeacherCache:
+    """The cache of a source, made by all processes together."""
+    cache = TeacherCache(source)
+    if rank() == 0:
+        for line in cache.tidy(stop):
+            progress.say(line)
+    _stop_together(stop)
+    fill_cache(cache, source, progress, stop)
+    _stop_together(stop)
+    cache.require_whole()
+    return cache
+
+
+def _stop_together(stop: StopRequest) -> None:
+    """Waits for all processes; stops all where one was asked to."""
+    if stop.agreed():
+        raise Stopped("the teacher cache")
 
 
 def build_distiller(recipe: Recipe, student: nn.Module, data: SegmentationDataset) -> tuple[Distiller, ModelRecipe]:

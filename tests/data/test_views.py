@@ -13,6 +13,7 @@ from gskd.data import IGNORE, Sample
 from gskd.data.views import (
     PAD_COLOUR,
     Augmentation,
+    FixedViews,
     PositionSampler,
     TrainingViews,
     View,
@@ -253,3 +254,19 @@ def test_worker_count_changes_nothing() -> None:
     alone, shared = load(0), load(2)
     assert len(alone) == 6
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_fixed_views_are_those_that_targets_are_asked_for(seed: int) -> None:
+    """Over several epochs: the pixels are those of the sample and view whose stored target comes with them."""
+    fixed, order = FixedViews(Noise(), FULL, 3), TrainingViews(Noise(), FULL, seed, 3, lambda *which: which)
+    asked = set()
+    for position in range(5 * 4):
+        image, label, (sample, view) = order[position]
+        assert sample == sample_at(seed, position, 5)[0]
+        assert torch.equal(image, fixed[sample * 3 + view][0])
+        assert torch.equal(label, fixed[sample * 3 + view][1])
+        asked.add((sample, view))
+    assert asked == {(sample, view) for sample in range(5) for view in range(3)}
+    assert len(fixed) == 15
+    assert not torch.equal(fixed[0][0], fixed[1][0])
