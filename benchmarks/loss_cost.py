@@ -10,11 +10,8 @@ profiler's allocation events (one step, not the timed ones).
 from __future__ import annotations
 
 import argparse
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from gskd.environment import commit, processor
 from gskd.losses import (
     AdversarialLoss,
     AFDCDLoss,
@@ -93,24 +91,6 @@ def peak_memory(step: Callable[[], None], device: str) -> float:
     return highest / 2**20
 
 
-def commit() -> str:
-    def git(*words: str) -> str:
-        where = Path(__file__).parent
-        return subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, check=False).stdout.strip()
-
-    return (git("rev-parse", "--short", "HEAD") or "none") + (" (modified)" if git("status", "--porcelain") else "")
-
-
-def processor(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
@@ -173,7 +153,8 @@ def main() -> None:
             if repeat >= 3:
                 times[name].append(time.perf_counter() - start)
 
-    print(f"{processor(args.device)}, {args.threads} threads; torch {torch.__version__}; commit {commit()}")
+    hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else processor()
+    print(f"{hardware}, {args.threads} threads; torch {torch.__version__}; commit {commit()}")
     print(f"B {args.batch}, C {args.teacher_channels} -> {args.student_channels}, {args.height}x{args.width}, ", end="")
     print(f"{args.classes} classes, N {args.samples_per_class}, {args.layout}; median of {args.repeats}")
     print(f"{'term':18s}{'ms':>8s}{'fastest':>9s}{'x KD':>7s}{'peak MiB':>10s}")

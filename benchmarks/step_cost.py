@@ -3,7 +3,8 @@
     python benchmarks/step_cost.py camvid_gskd data.root=path/to/camvid teacher.run=runs/camvid_teacher [--threads 1]
 
 Each row is a whole step: loading the views, forward, backward, update. The rows take turns, so that a busy moment hits
-all alike. The cache is built for as few samples as the steps need, in a temporary folder, and its time is shown apart.
+all alike. The cache is made for a few samples, in a temporary folder; its time is shown apart, for as many views as a
+batch has.
 Without ``teacher.run`` and data of your own, ``scenes teacher.run=...`` does.
 """
 
@@ -20,13 +21,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from loss_cost import commit, processor
 
 from gskd.cache import CacheSource, TeacherCache, fill_cache
 from gskd.data import Sample, SegmentationDataset
 from gskd.data.loading import batches, moved
 from gskd.data.views import PositionSampler, TrainingViews
 from gskd.distiller import Distiller
+from gskd.environment import environment
 from gskd.models import normalise
 from gskd.optimization import build_optimizer
 from gskd.pipeline import build_distiller, build_recipe_model, open_split
@@ -56,7 +57,7 @@ class Few:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="with a teacher, terms and augment.views")
+    parser.add_argument("recipe", help="with a teacher and terms")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--threads", type=int, default=1, help="default 1")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each row; default 20")
@@ -69,16 +70,15 @@ def main() -> None:
         recipe = load_recipe(args.recipe, [*args.overrides, *fixed])
         figures = measure(recipe, args.steps, args.samples)
     about = {
-        "processor": processor(str(device_of(recipe))),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "commit": commit(),
+        **environment(),
         "recipe": args.recipe,
         "batch": recipe.train.batch,
         "crop": recipe.augment.crop,
         "terms": {name: term.weight for name, term in recipe.terms.items()},
     }
-    print("; ".join(f"{key} {value}" for key, value in about.items()))
+    print(
+        "; ".join(f"{key} {about[key]}" for key in ("processor", "cuda", "threads", "commit", "batch", "crop", "terms"))
+    )
     plain = figures["plain"]
     print(f"{'step':26s}{'ms':>8s}{'x plain':>9s}")
     for name, seconds in figures.items():
@@ -105,7 +105,8 @@ def measure(recipe: Recipe, steps: int, samples: int) -> dict[str, float]:
         distiller.train()
     source = CacheSource(recipe, live, teacher_model, data)
     begun = time.perf_counter()
-    cache = fill_cache(source, Progress(enabled=False))
+    cache = TeacherCache(source)
+    fill_cache(cache, source, Progress(enabled=False))
     building = time.perf_counter() - begun
     dtype = autocast_dtype(recipe.train.precision)
     times: dict[str, list[float]] = {name: [] for name in rows}

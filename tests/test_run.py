@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from gskd.environment import environment
 from gskd.errors import GSKDError
 from gskd.models import build_model, save_weights
 from gskd.recipe import EvalMode, Precision, Recipe, parse_recipe
-from gskd.run import Run, environment, inference_of, without_pretraining
+from gskd.run import Run, inference_of, without_pretraining
 
 
 class Data:
@@ -40,6 +41,7 @@ def test_a_new_run_says_what_it_is(tmp_path: Path) -> None:
     assert run.load_recipe(("train.steps=3",)).train.steps == 3
     info = run.info()
     assert (info["kind"], info["classes"], info["palette"]) == ("train", ["road", "sky"], [[1, 2, 3], [4, 5, 6]])
+    assert info["environment"].keys() >= {"processor", "commit", "threads"}
     assert info["environment"]["versions"]["torch"] == environment()["versions"]["torch"] != "unknown"
     assert sorted(p.name for p in run.path.iterdir()) == ["recipe.yaml", "run.json"]
 

@@ -16,8 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +29,7 @@ from torch import nn
 from gskd.checkpoint import write_text
 from gskd.data import SegmentationDataset
 from gskd.data.views import Augmentation
+from gskd.environment import environment
 from gskd.errors import GSKDError
 from gskd.evaluation import Inference
 from gskd.models import build_model, load_weights, read_metadata
@@ -263,26 +262,6 @@ def augmentation_of(recipe: Recipe) -> Augmentation:
 def device_of(recipe: Recipe) -> torch.device:
     """Where the recipe's model is scored and used: CUDA where there is one, unless the recipe says cpu."""
     return torch.device("cuda" if recipe.train.device == "auto" and torch.cuda.is_available() else "cpu")
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for whoever wants the same numbers again."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for package in ("gskd", "torch", "torchvision", "segmentation-models-pytorch", "timm", "accelerate", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "unknown"
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": versions,
-    }
 
 
 def _weights_hash(teacher: TeacherRecipe) -> str | None:
