@@ -5,7 +5,6 @@
 Each row is a whole step: loading the views, forward, backward, update. The rows take turns, so that a busy moment hits
 all alike. The cache is made for a few samples, in a temporary folder; its time is shown apart, for as many views as a
 batch has.
-Without ``teacher.run`` and data of your own, ``scenes teacher.run=...`` does.
 """
 
 from __future__ import annotations

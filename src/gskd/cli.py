@@ -150,7 +150,7 @@ def compare(
         str,
         typer.Argument(
             metavar="COMPARISON",
-            help="A YAML file, or a shipped one: compare_scenes, compare_camvid_kd, compare_camvid.",
+            help="A YAML file, or a shipped one: compare_scenes, compare_camvid_kd, compare_camvid_gskd, compare_camvid.",
         ),
     ],
     overrides: Annotated[
