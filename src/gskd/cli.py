@@ -150,7 +150,8 @@ def compare(
         str,
         typer.Argument(
             metavar="COMPARISON",
-            help="A YAML file, or a shipped one: compare_scenes, compare_camvid_kd, compare_camvid_gskd, compare_camvid.",
+            help="A YAML file, or a shipped one: compare_scenes, compare_camvid, compare_camvid_kd,"
+            " compare_camvid_gskd.",
         ),
     ],
     overrides: Annotated[
