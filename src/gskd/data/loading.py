@@ -53,6 +53,13 @@ def _readable(found: Iterator[Any]) -> Iterator[Any]:
             return
         except GSKDError as error:
             raise GSKDError(str(error).rsplit(f"{GSKDError.__name__}: ", 1)[-1].strip()) from None
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            raise GSKDError(
+                "data.workers: a process that loads samples was killed, perhaps by the system for its memory; fewer"
+                " workers or less data.cache_gib need less"
+            ) from None
         yield batch
 
 
