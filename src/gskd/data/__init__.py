@@ -47,4 +47,4 @@ class SegmentationDataset(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
     def stamp(self) -> str:
-        """A short text that is another one whenever samples have changed; reads no pixels."""
+        """A short text that is another one whenever samples have changed, and the same while they have not."""

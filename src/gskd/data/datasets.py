@@ -97,14 +97,19 @@ class FolderPairs:
         return Sample(image=image, label=label, name=image_path.stem)
 
     def stamp(self) -> str:
-        """Of names, sizes and times of change of all files, and of what their values mean."""
+        """Of the names and bytes of all files, and of what their values mean.
+
+        Reads every file once. Times of change would be cheaper, but data is copied to a local disk before many a run:
+        the same data would have another stamp, and what was edited may keep its time.
+        """
         digest = hashlib.sha256(self._table.tobytes())
         for path in (*self._images, *self._masks):
             try:
-                found = path.stat()
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise GSKDError(f"{path}: cannot be read: {error.strerror or error}") from None
-            digest.update(f"{path.name}/{found.st_size}/{found.st_mtime_ns}\n".encode())
+            digest.update(f"{path.name}/{content}\n".encode())
         return digest.hexdigest()
 
     def _unknown_message(self, path: Path, codes: np.ndarray) -> str:
