@@ -114,7 +114,8 @@ BEFORE_TRAINING = {
     # models, layers, losses
     "model": ("train @/r.yaml model.name=smp:Unett", "unknown architecture; did you mean 'Unet'"),
     "source": ("train @/r.yaml model.name=Unet", "expected smp:Architecture or package.module:callable"),
-    "module": ("train @/r.yaml model.name=nowhere.models:f", "cannot import nowhere.models"),
+    "untrusted": ("train @/r.yaml model.name=nowhere.models:f", "nowhere.models:f is Python code that would be run"),
+    "module": ("train @/r.yaml model.name=nowhere.models:f --allow-imports", "cannot import nowhere.models"),
     "encoder": ("train @/r.yaml model.args.encoder_name=resnet19", "unknown encoder 'resnet19'; did you mean"),
     "model arg": ("train @/r.yaml model.args.depth=3", "depth"),
     "weights": ("train @/r.yaml model.weights=@/none.safetensors", "none.safetensors: no such file"),

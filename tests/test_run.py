@@ -92,7 +92,8 @@ def test_run_json_that_says_nothing(tmp_path: Path, text: str) -> None:
         run.load_model()
 
 
-def test_model_of_a_run(tmp_path: Path) -> None:
+def test_model_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GSKD_ALLOW_IMPORTS", "1")
     run = made(tmp_path)
     with pytest.raises(GSKDError, match=r"has no scored weights yet"):
         run.load_model()
@@ -109,7 +110,8 @@ def test_model_of_a_run(tmp_path: Path) -> None:
         run.load_model()
 
 
-def test_a_moved_run_still_works(tmp_path: Path) -> None:
+def test_a_moved_run_still_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GSKD_ALLOW_IMPORTS", "1")
     run = made(tmp_path / "a")
     save_weights(build_model(recipe().model.name, recipe().model.args), run.student)
     run.path.rename(tmp_path / "b")

@@ -47,13 +47,23 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...", help="Change fields of the recipe, for example train.steps=500 output=runs/a."
     ),
 ]
+AllowImports = Annotated[
+    bool,
+    typer.Option(
+        "--allow-imports",
+        callback=lambda allowed: _allow_imports() if allowed else None,
+        help="Run the Python code that a recipe's model.name may name; only for recipes and runs that you trust.",
+    ),
+]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the run in the output folder; start it if there is none.")
 ]
 
 
 @app.command()
-def train(recipe: RecipeName, overrides: Overrides = None, resume: Resume = False) -> None:
+def train(
+    recipe: RecipeName, overrides: Overrides = None, resume: Resume = False, allow_imports: AllowImports = False
+) -> None:
     """Train the recipe's model on labels alone: a teacher, or the plain student as a baseline.
 
     Teacher and terms of the recipe are left out, so the same recipe gives the baseline of its distillation.
@@ -62,7 +72,9 @@ def train(recipe: RecipeName, overrides: Overrides = None, resume: Resume = Fals
 
 
 @app.command()
-def distill(recipe: RecipeName, overrides: Overrides = None, resume: Resume = False) -> None:
+def distill(
+    recipe: RecipeName, overrides: Overrides = None, resume: Resume = False, allow_imports: AllowImports = False
+) -> None:
     """Train the recipe's model against its teacher, with the recipe's terms beside the labels.
 
     The teacher's own score is measured and printed first.
@@ -87,6 +99,7 @@ def evaluate_run(
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="The split to score.")] = "val",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the score to this new file.")] = None,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Score a run's best weights: dataset mIoU, per-class IoU, pixel accuracy.
 
@@ -125,6 +138,7 @@ def predict_run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the run's recipe, e.g. eval.flip=true."),
     ] = None,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Segment images: index PNGs, colour PNGs and overlays, each of its image's size.
 
@@ -162,6 +176,7 @@ def compare(
         ),
     ] = None,
     table_only: Annotated[bool, typer.Option("--table", help="Train nothing; table of what is finished.")] = False,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Train variants of a student on paired seeds and say which differences are real.
 
@@ -226,7 +241,7 @@ def check_data(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @cache_app.command("build")
-def cache_build(recipe: RecipeName, overrides: Overrides = None) -> None:
+def cache_build(recipe: RecipeName, overrides: Overrides = None, allow_imports: AllowImports = False) -> None:
     """Run the teacher on all fixed views of a recipe that names teacher.cache and augment.views.
 
     gskd distill does the same where something is missing. What is there and whole is not made again.
@@ -240,7 +255,7 @@ def cache_build(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @cache_app.command("verify")
-def cache_verify(recipe: RecipeName, overrides: Overrides = None) -> None:
+def cache_verify(recipe: RecipeName, overrides: Overrides = None, allow_imports: AllowImports = False) -> None:
     """Recompute a sample of a recipe's cache with its teacher and show how far the stored values are off.
 
     Exits 2 if files are missing or damaged, or a value is off by more than 1 % of the largest beside it. To be run on
@@ -265,6 +280,25 @@ def cache_verify(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def convert(
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="A .pt, .pth or .bin file of torch.save.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new .safetensors file.")],
+    key: Annotated[
+        str | None, typer.Option(help="Where in the file the weights are, for example state_dict or ema.model.")
+    ] = None,
+    strip: Annotated[str, typer.Option(help="Text to take off every key; keys without it are left out.")] = "",
+) -> None:
+    """Make safetensors of weights that torch.save wrote, for a recipe's model.weights.
+
+    Such files can carry code. They are read without running any, and refused where that is not possible.
+    """
+    from gskd.conversion import convert_weights
+
+    count = convert_weights(weights, output, key, strip)
+    console.print(f"{output}: {count} tensors", markup=False, soft_wrap=True)
+
+
+@app.command()
 def demo(
     overrides: Overrides = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for runs and picture.")] = Path("runs/demo"),
@@ -276,6 +310,15 @@ def demo(
     from gskd.demo import run_demo
 
     run_demo(output, console, tuple(overrides or ()))
+
+
+def _allow_imports() -> None:
+    from gskd.models import IMPORTS_ALLOWED
+
+    os.environ[IMPORTS_ALLOWED] = "1"  # also for the processes of a comparison
+    # A recipe may name a module beside it; python -m finds those, an installed script would not. Last, so that no
+    # file in the folder hides an installed package.
+    sys.path.append(os.getcwd())
 
 
 def _score_table(title: str, score: dict[str, Any]) -> Table:
@@ -295,9 +338,7 @@ def _score_table(title: str, score: dict[str, Any]) -> Table:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point of the ``gskd`` command."""
-    # A recipe may name a module beside it; python -m finds those, an installed script would not. Last, so that no
-    # file in the folder hides an installed package.
-    sys.path.append(os.getcwd())
+    before = dict(os.environ)
     try:
         app(args=arguments, standalone_mode=True)
     except GSKDError as error:
@@ -311,6 +352,10 @@ def main(arguments: list[str] | None = None) -> Any:
         if error.code == 130:  # what typer makes of Ctrl-C
             sys.stderr.write("gskd: stopped; the same command goes on, train and distill with --resume\n")
         raise
+    finally:
+        os.environ.update(before)
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
 
 
 if __name__ == "__main__":

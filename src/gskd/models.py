@@ -25,6 +25,26 @@ from gskd.errors import GSKDError, near_names
 from gskd.outputs import logits_of
 from gskd.taps import eval_mode
 
+IMPORTS_ALLOWED = "GSKD_ALLOW_IMPORTS"
+"""The environment variable that lets recipes name code; the command line's --allow-imports sets it."""
+
+
+def require_trusted(name: str, where: str) -> None:
+    """Refuses an import path that a recipe names, unless whoever runs it has allowed that.
+
+    Args:
+        name: of the model, see `build_model`.
+        where: its place in the recipe, for the error.
+
+    Raises:
+        GSKDError: it is an import path, and ``GSKD_ALLOW_IMPORTS`` is not set.
+    """
+    if not name.startswith("smp:") and ":" in name and os.environ.get(IMPORTS_ALLOWED, "") in ("", "0"):
+        raise GSKDError(
+            f"{where}.name: {name} is Python code that would be run; if you trust it say --allow-imports, or set"
+            f" {IMPORTS_ALLOWED}=1"
+        )
+
 
 def build_model(name: str, args: Mapping[str, Any] | None = None, num_classes: int | None = None) -> nn.Module:
     """Makes a network.
@@ -240,8 +260,16 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise GSKDError(f"weights {path}: not a whole safetensors file: {' '.join(str(error).split())}") from None
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise GSKDError(_not_whole(path, error)) from None
+
+
+def _not_whole(path: str | Path, error: Exception) -> str:
+    """Says also what to do where the file is one of ``torch.save``: a zip archive, or a bare pickle."""
+    with open(path, "rb") as file:
+        begin = file.read(2)
+    hint = "; a file of torch.save becomes one by gskd convert" if begin in (b"PK", b"\x80\x02", b"\x80\x04") else ""
+    return f"weights {path}: not a whole safetensors file: {' '.join(str(error).split())[:200]}{hint}"
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -250,7 +278,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise GSKDError(f"weights {path}: not a whole safetensors file: {' '.join(str(error).split())}") from None
+        raise GSKDError(_not_whole(path, error)) from None
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:

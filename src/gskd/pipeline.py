@@ -23,7 +23,7 @@ from gskd.errors import GSKDError, near_names
 from gskd.evaluation import evaluate
 from gskd.losses import LOSSES
 from gskd.metrics import Score
-from gskd.models import build_model, check_classes, count_parameters, load_weights
+from gskd.models import build_model, check_classes, count_parameters, load_weights, require_trusted
 from gskd.progress import Progress
 from gskd.recipe import EvalRecipe, ModelRecipe, Recipe, TeacherRecipe, TermRecipe, TrainRecipe, dump_recipe
 from gskd.run import Run, autocast_dtype, device_of, inference_of, without_pretraining
@@ -272,6 +272,7 @@ def _final_scores(
 
 def build_recipe_model(spec: ModelRecipe, data: SegmentationDataset, where: str, size: Sequence[int]) -> nn.Module:
     """The network a recipe names, with its weights, checked to give one logit per class on images of ``size``."""
+    require_trusted(spec.name, where)
     if spec.weights is None:
         model = build_model(spec.name, spec.args, len(data.classes))
     else:
@@ -299,7 +300,7 @@ def _build_teacher(
     if spec.model is not None:
         if spec.model.weights is None and spec.model.name.startswith("smp:"):
             raise GSKDError("teacher.model.weights: missing; name the trained teacher's file or run folder")
-        return build_recipe_model(spec.model, data, "teacher", size), spec.model
+        return build_recipe_model(spec.model, data, "teacher.model", size), spec.model
     assert spec.run is not None
     run = Run(Path(spec.run).expanduser())
     recipe = run.load_recipe()

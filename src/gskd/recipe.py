@@ -169,11 +169,26 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
+_MOST_VALUES, _DEEPEST = 100_000, 50
+
+
 def _read_yaml(text: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        tree = yaml.load(text, _Loader)
     except (ValueError, RecursionError) as error:  # PyYAML lets through what the constructors of its scalars raise
         raise yaml.YAMLError(str(error)) from None
+    _count_values(tree, 0, 0)
+    return tree
+
+
+def _count_values(tree: Any, so_far: int, depth: int) -> int:
+    """Refuses aliases that repeat themselves into more values than any memory holds, or stand inside themselves."""
+    if so_far > _MOST_VALUES or depth > _DEEPEST:
+        raise yaml.YAMLError(f"more than {_MOST_VALUES} values, or {_DEEPEST} of them inside one another")
+    if isinstance(tree, (dict, list)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            so_far = _count_values(value, so_far + 1, depth + 1)
+    return so_far
 
 
 def _reason(error: Exception) -> str:

@@ -32,7 +32,7 @@ from gskd.data.views import Augmentation
 from gskd.environment import environment
 from gskd.errors import GSKDError
 from gskd.evaluation import Inference
-from gskd.models import build_model, load_weights, read_metadata
+from gskd.models import build_model, load_weights, read_metadata, require_trusted
 from gskd.recipe import Precision, Recipe, TeacherRecipe, dump_recipe, load_recipe
 
 
@@ -191,6 +191,7 @@ class Run:
             )
         # The run's weights replace whatever the encoder would have been started from: do not fetch that.
         args = without_pretraining(recipe.model.name, recipe.model.args)
+        require_trusted(recipe.model.name, f"run {self.path}: model")
         model = build_model(recipe.model.name, args, len(classes))
         load_weights(model, self.student)
         return model.eval()

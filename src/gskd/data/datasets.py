@@ -6,6 +6,7 @@ Files are found and matched once, when a dataset is made; pixels are read one sa
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -248,11 +249,19 @@ def _open_camvid(root: Path, split: str, options: Mapping[str, Any]) -> Segmenta
 
 def _open_folder(root: Path, split: str, options: Mapping[str, Any]) -> SegmentationDataset:
     rest = dict(options)
-    images = str(rest.pop("images", "images/{split}")).replace("{split}", split)
-    masks = str(rest.pop("masks", "masks/{split}")).replace("{split}", split)
+    images = _below(root, str(rest.pop("images", "images/{split}")).replace("{split}", split), "images")
+    masks = _below(root, str(rest.pop("masks", "masks/{split}")).replace("{split}", split), "masks")
     if "classes" not in rest:
         raise GSKDError("dataset 'folder' needs the option 'classes': the class names in the order of their index")
-    return FolderPairs(root / images, root / masks, **rest)
+    return FolderPairs(images, masks, **rest)
+
+
+def _below(root: Path, relative: str, what: str) -> Path:
+    """A recipe of somebody else must not read what is not data. Links inside the root are its owner's and followed."""
+    path = Path(os.path.normpath(root / relative))
+    if not path.is_relative_to(os.path.normpath(root)):
+        raise GSKDError(f"{what} folder {relative}: expected a folder below the dataset's root, {root}")
+    return path
 
 
 def _open_scenes(root: Path, split: str, options: Mapping[str, Any]) -> SegmentationDataset:
