@@ -6,14 +6,16 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from gskd import trainer
 from gskd.metrics import ConfusionMatrix
 from gskd.recipe import load_recipe
 from gskd.run import Run
 from gskd.stops import EXIT_STOPPED
-from helpers import TERMS, assert_same_run, gskd, gskd_ok, scores, snapshot, spawn, steps, write_recipe
+from helpers import TERMS, assert_same_run, gskd, gskd_ok, records, scores, snapshot, spawn, steps, write_recipe
 
 STEPS = 6
 
@@ -280,3 +282,79 @@ def test_a_mistake_found_in_the_first_step_does_not_block_the_folder(recipe, tmp
     refused = gskd("distill", recipe, f"output={tmp_path / 'run'}", "train.batch=1")
     assert (refused.code, "batch normalisation" in refused.err) == (2, True)
     assert not (tmp_path / "run").exists()
+
+
+def test_changes_can_be_accepted(recipe, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    kill_at(5, monkeypatch, "distill", recipe, f"output={run}")
+    changes = ["train.steps=8", "terms.kd.weight=2", "data.options.length=6"]
+    refused = gskd("distill", recipe, f"output={run}", *changes, "--resume")
+    assert (refused.code, "was begun with another recipe" in refused.err) == (2, True)
+    said = gskd_ok("distill", recipe, f"output={run}", *changes, "--resume", "--accept-changes")
+    assert "resumed at step 4 of 8" in said.out
+    assert [record["step"] for record in steps(run)] == list(range(1, 9))
+    accepted = [record["accepted"] for record in records(run) if "accepted" in record]
+    assert [line.split(" was ")[0] for line in accepted[0]] == [
+        "data.options.length", "terms.kd.weight", "train.steps"
+    ]  # fmt: skip
+    assert load_recipe(run / "recipe.yaml").train.steps == 8
+
+
+def test_other_training_samples_are_refused(tiny, tmp_path, monkeypatch):
+    root, run = tmp_path / "data", tmp_path / "run"
+    pictures(root, ["a", "b", "c", "d"])
+    recipe = write_recipe(tmp_path / "r.yaml", run, data=folder_of(root))
+    kill_at(3, monkeypatch, "train", recipe)
+    pictures(root, ["e"])
+    before = snapshot(run)
+    refused = gskd("train", recipe, "--resume")
+    assert (refused.code, "was begun with other training samples" in refused.err) == (2, True), refused
+    assert snapshot(run) == before
+    gskd_ok("train", recipe, "--resume", "--accept-changes")
+
+
+def test_unreadable_samples_are_left_out_by_choice(tiny, tmp_path, monkeypatch):
+    """By name, the same ones when the run goes on, and the run is that of the data without them."""
+    root, run = tmp_path / "data", tmp_path / "run"
+    pictures(root, ["a", "b", "c", "d", "e", "f"])
+    (root / "images" / "train" / "b.png").write_bytes(b"no image")
+    Image.new("L", (8, 8)).save(root / "masks" / "train" / "d.png")
+    recipe = write_recipe(tmp_path / "r.yaml", run, data=folder_of(root))
+    assert gskd("train", recipe, f"output={tmp_path / 'stops'}").code == 2
+    kill_at(3, monkeypatch, "train", recipe, "data.unreadable=skip")
+    pictures(root, ["b"])  # put right since: the run stays what it was
+    gskd_ok("train", recipe, "data.unreadable=skip", "--resume")
+    assert json.loads((run / "run.json").read_text())["left_out"] == ["b", "d"]
+    for name in "bd":
+        for kind in ("images", "masks"):
+            (root / kind / "train" / f"{name}.png").unlink()
+    said = gskd_ok("train", recipe, "data.unreadable=skip", f"output={tmp_path / 'whole'}")
+    assert "left out" not in said.out
+    assert_same_run(run, tmp_path / "whole")
+
+
+def test_nothing_to_train_on(tiny, tmp_path):
+    pictures(tmp_path / "data", ["a", "b"])
+    for image in (tmp_path / "data" / "images" / "train").iterdir():
+        image.write_bytes(b"no image")
+    recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "run", data=folder_of(tmp_path / "data"))
+    refused = gskd("train", recipe, "data.unreadable=skip")
+    assert (refused.code, "none of the 2 samples can be read" in refused.err) == (2, True), refused
+    assert not (tmp_path / "run").exists()
+
+
+def folder_of(root):
+    return {"dataset": "folder", "root": str(root), "options": {"classes": ["a", "b"]}}
+
+
+def pictures(root, names):
+    """For each split an image and a mask of each name."""
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            random = np.random.default_rng(ord(name))
+            Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(
+                root / "images" / split / f"{name}.png"
+            )
+            Image.fromarray(random.integers(0, 2, (32, 32), np.uint8)).save(root / "masks" / split / f"{name}.png")

@@ -58,31 +58,46 @@ AllowImports = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the run in the output folder; start it if there is none.")
 ]
+AcceptChanges = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changes",
+        help="With --resume: go on though the recipe, the teacher or the training samples have changed since.",
+    ),
+]
 
 
 @app.command()
 def train(
-    recipe: RecipeName, overrides: Overrides = None, resume: Resume = False, allow_imports: AllowImports = False
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    accept_changes: AcceptChanges = False,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Train the recipe's model on labels alone: a teacher, or the plain student as a baseline.
 
     Teacher and terms of the recipe are left out, so the same recipe gives the baseline of its distillation.
     """
-    _train(recipe, overrides, distill=False, resume=resume)
+    _train(recipe, overrides, distill=False, resume=resume, accept_changes=accept_changes)
 
 
 @app.command()
 def distill(
-    recipe: RecipeName, overrides: Overrides = None, resume: Resume = False, allow_imports: AllowImports = False
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    accept_changes: AcceptChanges = False,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Train the recipe's model against its teacher, with the recipe's terms beside the labels.
 
     The teacher's own score is measured and printed first.
     """
-    _train(recipe, overrides, distill=True, resume=resume)
+    _train(recipe, overrides, distill=True, resume=resume, accept_changes=accept_changes)
 
 
-def _train(recipe_name: str, overrides: list[str] | None, *, distill: bool, resume: bool) -> None:
+def _train(recipe_name: str, overrides: list[str] | None, *, distill: bool, resume: bool, accept_changes: bool) -> None:
     from gskd.recipe import load_recipe
 
     recipe = load_recipe(recipe_name, overrides or [])  # before the slow imports: a typing mistake shows at once
@@ -90,7 +105,8 @@ def _train(recipe_name: str, overrides: list[str] | None, *, distill: bool, resu
     from gskd.pipeline import train_model
     from gskd.run import Run
 
-    train_model(recipe, Run(Path(recipe.output).expanduser()), distill=distill, resume=resume)
+    run = Run(Path(recipe.output).expanduser())
+    train_model(recipe, run, distill=distill, resume=resume, accept_changes=accept_changes)
 
 
 @app.command("eval")

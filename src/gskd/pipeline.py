@@ -17,6 +17,7 @@ from gskd.cache import CacheSource, TeacherCache, fill_cache
 from gskd.checkpoint import write_text
 from gskd.data import SegmentationDataset
 from gskd.data.datasets import Cached, open_dataset
+from gskd.data.selection import find_unreadable, without
 from gskd.distiller import Distiller, Layers, Term, resolve_layers, tap_names
 from gskd.distributed import rank
 from gskd.errors import GSKDError, near_names
@@ -25,7 +26,7 @@ from gskd.losses import LOSSES
 from gskd.metrics import Score
 from gskd.models import build_model, check_classes, count_parameters, load_weights, require_trusted
 from gskd.progress import Progress
-from gskd.recipe import EvalRecipe, ModelRecipe, Recipe, TeacherRecipe, TermRecipe, TrainRecipe, dump_recipe
+from gskd.recipe import EvalRecipe, ModelRecipe, Recipe, TeacherRecipe, TermRecipe, TrainRecipe, Unreadable, dump_recipe
 from gskd.run import Run, autocast_dtype, device_of, inference_of, without_pretraining
 from gskd.stops import Stopped, StopRequest
 from gskd.taps import channels
@@ -39,7 +40,13 @@ def open_split(recipe: Recipe, split: str) -> SegmentationDataset:
 
 
 def train_model(
-    recipe: Recipe, run: Run, *, distill: bool, resume: bool = False, progress: Progress | None = None
+    recipe: Recipe,
+    run: Run,
+    *,
+    distill: bool,
+    resume: bool = False,
+    accept_changes: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains the recipe's model, alone or against its teacher, and scores it.
 
@@ -48,6 +55,8 @@ def train_model(
         run: the run folder; new, or with ``resume`` one that was begun with the same recipe.
         distill: with teacher and terms; without, both are left out even if the recipe names them.
         resume: continue where the run's newest valid checkpoint stands; a folder without a run is begun.
+        accept_changes: with ``resume``, go on though recipe, teacher or training samples have changed since; they
+            become the run's, which then is no longer what its recipe alone would give.
         progress: where lines for people go.
 
     Returns:
@@ -70,9 +79,10 @@ def train_model(
         begun = run.info().get("kind")
         if begun != kind:
             raise GSKDError(f"run {run.path}: was begun by gskd {begun}; it cannot be continued by gskd {kind}")
-        run.check_recipe(recipe)
-        if distill and recipe.teacher is not None:
-            run.check_teacher(recipe.teacher)
+        if not accept_changes:
+            run.check_recipe(recipe)
+            if distill and recipe.teacher is not None:
+                run.check_teacher(recipe.teacher)
     else:
         run.check_free()
     progress = progress or Progress()
@@ -86,6 +96,13 @@ def train_model(
         if name
     }
     train_data, val_data = splits[recipe.data.train], splits[recipe.data.val]
+    left_out: list[str] = []
+    if recipe.data.unreadable == Unreadable.skip:
+        # A run goes on with the samples it was begun with, whatever was put right since.
+        left_out = run.info().get("left_out", []) if resume else _unreadable(train_data, accelerator.device, progress)
+        train_data = without(train_data, left_out)
+    if resume and not accept_changes:
+        run.check_samples(train_data)
     torch.manual_seed(recipe.seed)  # the student's first weights depend on the seed alone, not on teacher or terms
     student = build_recipe_model(recipe.model, train_data, "model", recipe.augment.crop)
     teacher_model, distiller = None, Distiller(student)
@@ -93,8 +110,12 @@ def train_model(
         distiller, teacher_model = build_distiller(recipe, student, train_data)
     teacher = distiller.teacher
     accelerator.wait_for_everyone()  # all have looked at the folder before the first one lays it out
-    if not resume and accelerator.is_main_process:
-        run.create(recipe, kind, train_data, recipe.teacher if distill else None)
+    if accelerator.is_main_process:
+        taught_by = recipe.teacher if distill else None
+        if not resume:
+            run.create(recipe, kind, train_data, taught_by, left_out)
+        elif accept_changes:
+            run.accept(recipe, taught_by, train_data)
     accelerator.wait_for_everyone()
 
     with progress, StopRequest() as stop:
@@ -144,6 +165,17 @@ def train_model(
     return result
 
 
+def _unreadable(data: SegmentationDataset, device: torch.device, progress: Progress) -> list[str]:
+    """Names of the samples that are left out, after a line for each."""
+    with progress:
+        found = find_unreadable(data, device, progress.counter("reading all samples"))
+    for index, reason in found.items():
+        progress.say(f"left out: {reason or data.name(index)}")
+    if found:
+        progress.say(f"{len(found)} of {len(data)} training samples are left out (data.unreadable)")
+    return [data.name(index) for index in found]
+
+
 def prepare_caches(recipes: Sequence[Recipe], progress: Progress) -> None:
     """Fills the teacher caches that recipes name, before they are run.
 
@@ -180,6 +212,8 @@ def cache_source(recipe: Recipe) -> CacheSource:
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     data = open_split(recipe, recipe.data.train)
+    if recipe.data.unreadable == Unreadable.skip:
+        data = without(data, _unreadable(data, torch.device("cpu"), Progress(enabled=False)))
     student = build_recipe_model(recipe.model, data, "model", recipe.augment.crop)
     distiller, teacher_model = build_distiller(recipe, student, data)
     once = {json.dumps(distiller.target_settings(name), sort_keys=True): name for name in distiller.losses}

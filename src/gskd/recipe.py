@@ -31,6 +31,7 @@ from gskd.schema import (
     TeacherRecipe,
     TermRecipe,
     TrainRecipe,
+    Unreadable,
 )
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "TeacherRecipe",
     "TermRecipe",
     "TrainRecipe",
+    "Unreadable",
     "dump_recipe",
     "load_recipe",
     "load_tree",
@@ -285,7 +287,7 @@ def _fits(schema: type, key: str, annotation: str, value: Any) -> bool:
 
 
 def _wanted(annotation: str) -> str:
-    for enum in (Precision, OptimizerName, ScheduleName, EvalMode):
+    for enum in (Precision, OptimizerName, ScheduleName, EvalMode, Unreadable):
         if enum.__name__ in annotation:
             return f"one of {', '.join(enum)}" + (" or null" if "None" in annotation else "")
     kind, _, optional = annotation.partition(" | ")

@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,14 @@ class Run:
         return self.recipe_file.is_file()
 
     def create(
-        self, recipe: Recipe, kind: str, data: SegmentationDataset, teacher: TeacherRecipe | None = None
+        self,
+        recipe: Recipe,
+        kind: str,
+        data: SegmentationDataset,
+        teacher: TeacherRecipe | None = None,
+        left_out: Sequence[str] = (),
     ) -> None:
-        """Lays out a new run folder; of a teacher, the hash of its weights is kept.
+        """Lays out a new run folder; kept are a hash of the teacher's weights, and which samples there are.
 
         Raises:
             GSKDError: the folder holds anything already, or cannot be written; what is there stays as it was.
@@ -95,6 +100,8 @@ class Run:
             "classes": list(data.classes),
             "palette": np.asarray(data.palette).tolist(),
             "teacher_sha256": teacher and _weights_hash(teacher),
+            "samples_sha256": _names_hash(data),
+            "left_out": list(left_out),
             "environment": environment(),
         }
         write_text(self.info_file, json.dumps(info, indent=1))
@@ -174,6 +181,26 @@ class Run:
         begun = self.info().get("teacher_sha256")
         if begun is not None and begun != _weights_hash(teacher):
             raise GSKDError(f"run {self.path}: was begun with another teacher: its weights have changed since")
+
+    def check_samples(self, data: SegmentationDataset) -> None:
+        """Raises `GSKDError` where the training samples, or their order, are not those the run was begun with."""
+        begun = self.info().get("samples_sha256")
+        if begun is not None and begun != _names_hash(data):
+            raise GSKDError(
+                f"run {self.path}: was begun with other training samples: files were added, removed or renamed since"
+            )
+
+    def accept(self, recipe: Recipe, teacher: TeacherRecipe | None, data: SegmentationDataset) -> None:
+        """Makes recipe, teacher and samples of now those of the run. Its metrics keep a line that this was done."""
+        info = self.info() | {
+            "teacher_sha256": teacher and _weights_hash(teacher),
+            "samples_sha256": _names_hash(data),
+        }
+        alone = info["kind"] == "train"
+        changes = _differences(_core(self.load_recipe(), alone), _core(recipe, alone))
+        write_text(self.info_file, json.dumps(info, indent=1))
+        write_text(self.recipe_file, dump_recipe(recipe))
+        self.add_metrics({"step": 0, "accepted": changes})
 
     def check_classes(self, data: SegmentationDataset, where: str = "run") -> None:
         """Raises `GSKDError` unless the data has the classes, in the order, that the run was trained on."""
@@ -277,6 +304,12 @@ def _weights_hash(teacher: TeacherRecipe) -> str | None:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError:
         return None
+
+
+def _names_hash(data: SegmentationDataset) -> str:
+    """Of the names in their order; that is what the order of training is drawn over."""
+    names = json.dumps([data.name(index) for index in range(len(data))])
+    return hashlib.sha256(names.encode()).hexdigest()
 
 
 def _core(recipe: Recipe, alone: bool) -> dict[str, Any]:

@@ -30,6 +30,13 @@ class ScheduleName(StrEnum):
     constant = "constant"
 
 
+class Unreadable(StrEnum):
+    """What a training sample that cannot be read does."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 class EvalMode(StrEnum):
     """Whole image at once, or overlapping windows."""
 
@@ -55,6 +62,9 @@ class DataRecipe:
     """Processes that load data; 0 loads in the training process."""
     cache_gib: float = 2.0
     """Memory for decoded samples, in GiB for each loading process; 0 decodes every time."""
+    unreadable: Unreadable = Unreadable.stop
+    """Of training samples whose image or mask is damaged or does not fit: `stop` ends the run at the first one, `skip`
+    reads all of them before the first step and leaves those out, by name. A split that is scored must be whole."""
 
 
 @dataclass
