@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PARALLEL := -n auto --dist loadfile  # a file's tests share what they train
 
-.PHONY: demo test test-all lint format benchmark clean
+.PHONY: demo test test-all faults lint format benchmark clean
 
 demo: $(INSTALLED)  ## the main job on the built-in scenes: teacher, plain student, GSKD student, table and picture
 	$(BIN)/gskd demo --output runs/demo
@@ -15,6 +15,9 @@ test: $(INSTALLED)  ## the fast suite
 
 test-all: $(INSTALLED) lint  ## with the slow tests
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "slow or not slow"
+
+faults: $(INSTALLED)  ## every fault that is tested: bad input, a failing machine, kills; with exit code and message
+	GSKD_FAULTS_TABLE=1 $(BIN)/python -m pytest -q $(PARALLEL) -m "slow or not slow" tests/faults
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,3 +61,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRuns:
         "distilled": helpers.gskd_ok("distill", recipe, "data.test=test"),
     }
     return TinyRuns(folder, recipe, teacher, plain, distilled, said)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table that ``make faults`` prints: each fault, exit code, and what is said of it."""
+    if "GSKD_FAULTS_TABLE" in os.environ:
+        for report in terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", []):
+            for fault, code, line in (value for key, value in report.user_properties if key == "fault"):
+                passed = "" if report.passed else "FAILED "
+                terminalreporter.write_line(f"{passed}{fault:36s} exit {code:3d}  {' '.join(line.split()) or '-'}")

@@ -194,9 +194,11 @@ BEFORE_TRAINING = {
 
 
 @pytest.mark.parametrize("case", BEFORE_TRAINING)
-def test_refused_before_anything_is_written(world, case):
+def test_refused_before_anything_is_written(world, case, record_property):
     line, part = BEFORE_TRAINING[case]
-    assert_refused(gskd(*world.arguments(line)), part)
+    refused = gskd(*world.arguments(line))
+    record_property("fault", (case, refused.code, refused.err.strip().replace(str(world.folder), "")))
+    assert_refused(refused, part)
     assert snapshot(world.folder) == world.before
 
 
