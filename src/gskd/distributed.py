@@ -5,11 +5,15 @@ Everything here is a no-op on one process, so that a loss needs no flag to run i
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from gskd.errors import GSKDError
 
 
 def world_size() -> int:
@@ -20,6 +24,27 @@ def world_size() -> int:
 def rank() -> int:
     """This process's place among them; 0 without ``torch.distributed``."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@contextlib.contextmanager
+def lost_process_named() -> Iterator[None]:
+    """Turns what a backend raises when another process is gone into one line.
+
+    Raises:
+        GSKDError: it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises plain RuntimeErrors, with its source file or the state of the socket in the message.
+        text = str(error)
+        told = isinstance(error, dist.DistError) or "gloo" in text or "Connection closed" in text
+        if isinstance(error, GSKDError) or world_size() == 1 or not told:
+            raise
+        raise GSKDError(
+            f"process {rank()} of {world_size()}: another process of this run was killed or cannot be reached; what was"
+            " saved is kept, and the same command goes on with --resume"
+        ) from None
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from gskd.data import SegmentationDataset
 from gskd.data.datasets import Cached, open_dataset
 from gskd.data.selection import find_unreadable, without
 from gskd.distiller import Distiller, Layers, Term, resolve_layers, tap_names
-from gskd.distributed import rank
+from gskd.distributed import lost_process_named, rank
 from gskd.errors import GSKDError, near_names
 from gskd.evaluation import evaluate
 from gskd.losses import LOSSES
@@ -118,7 +118,7 @@ def train_model(
             run.accept(recipe, taught_by, train_data)
     accelerator.wait_for_everyone()
 
-    with progress, StopRequest() as stop:
+    with progress, lost_process_named(), StopRequest() as stop:
         progress.say(
             f"{run.path}: {type(student).__name__} with {count_parameters(student) / 1e6:.2f} M parameters"
             f" on {accelerator.device}"
