@@ -196,6 +196,8 @@ def test_a_shard_in_the_place_of_another_is_refused(recipe, tmp_path):
     first.rename(first.with_name(f"00001{first.name[5:]}"))
     second.rename(second.with_name(f"00000{second.name[5:]}"))
     assert_refused(gskd("distill", recipe), "was made for another place")
+    # Before anything is made or trained: a comparison would find out once for each of its runs.
+    assert_refused(gskd("cache", "build", recipe), "was made for another place")
 
 
 def test_of_two_files_for_a_shard_the_whole_one_is_used(recipe, tmp_path):

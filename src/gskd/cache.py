@@ -96,6 +96,8 @@ class TargetStore:
                     if name := _SHARD.fullmatch(path.name):
                         found = path.stat()
                         intact = _content_hash(path.read_bytes()) == name[2]
+                        if intact:
+                            self._opened(path, int(name[1]))  # one of another place is no damage, and not ours to remove
                         if intact and name[1] not in whole:
                             whole.add(name[1])
                         elif path.stat().st_ino == found.st_ino:  # not made again by another process meanwhile
@@ -134,14 +136,17 @@ class TargetStore:
         try:
             if shard not in self._open:
                 self._paths = self._paths or self.shards()
-                opened = safe_open(self._paths[shard], framework="pt")
-                if opened.metadata() != self._place_of(shard):  # type: ignore[no-untyped-call]
-                    raise OSError(f"{self._paths[shard].name} was made for another place")
-                self._open[shard] = opened
+                self._open[shard] = self._opened(self._paths[shard], shard)
             file = self._open[shard]
             return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (KeyError, OSError, SafetensorError) as error:
             raise GSKDError(f"cache {self.folder}: shard {shard:05d} cannot be read: {error}") from None
+
+    def _opened(self, path: Path, shard: int) -> Any:
+        opened = safe_open(path, framework="pt")
+        if opened.metadata() != self._place_of(shard):  # type: ignore[no-untyped-call]
+            raise OSError(f"{path.name} was made for another place")
+        return opened
 
     def _place_of(self, shard: int) -> dict[str, str]:
         """What is written into a file; one entry, as safetensors does not keep the order of several."""
