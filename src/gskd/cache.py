@@ -97,7 +97,7 @@ class TargetStore:
                         found = path.stat()
                         intact = _content_hash(path.read_bytes()) == name[2]
                         if intact:
-                            self._opened(path, int(name[1]))  # one of another place is no damage, and not ours to remove
+                            self._opened(path, int(name[1]))  # one of another place is no damage
                         if intact and name[1] not in whole:
                             whole.add(name[1])
                         elif path.stat().st_ino == found.st_ino:  # not made again by another process meanwhile

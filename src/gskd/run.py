@@ -162,7 +162,7 @@ class Run:
         """The lines of ``metrics.jsonl``; one that a kill cut short is left out."""
         lines = []
         if self.metrics.is_file():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):
                     lines.append(json.loads(line))
         return lines
@@ -241,7 +241,7 @@ class Run:
         """Forgets the lines of steps that a resumed run will do again; with a flag, also the score of the last one."""
         if self.metrics.is_file():
             kept = []
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
                     scored_again = and_its_score and "split" in record and record["step"] == step
