@@ -240,6 +240,15 @@ def test_names_that_a_module_cannot_carry_are_refused(name):
         Distiller(Net(5), Net(8), {name: Term(KDLoss())})
 
 
+@pytest.mark.parametrize("same", [lambda net: net, lambda net: nn.Sequential(net.body, nn.Conv2d(5, 4, 1))])
+def test_a_student_that_is_its_own_teacher_is_refused_and_not_frozen(same):
+    student = Net(5)
+    with pytest.raises(GSKDError, match=r"student and teacher share .* parameters, first 'body"):
+        Distiller(student, same(student), {"kd": Term(KDLoss())})
+    assert student.training
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
 def test_a_layer_that_does_not_exist_is_found_before_the_first_step():
     with pytest.raises(GSKDError, match="did you mean 'body'"):
         Distiller(Net(5), Net(8), {"mse": Term(MSELoss(), 1, "body", "bodi")})

@@ -284,6 +284,21 @@ def test_a_mistake_found_in_the_first_step_does_not_block_the_folder(recipe, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_killed_again_and_again(recipe, tmp_path, monkeypatch):
+    """Ten images, four a step: twice within an epoch, in the step that two epochs share, where one ends, in a score."""
+    same = ["data.options.length=10", "train.checkpoint_every=1"]
+    gskd_ok("distill", recipe, f"output={tmp_path / 'whole'}", *same)
+    run = tmp_path / "run"
+    for step in (1, 2, 3, 5):
+        kill_at(step, monkeypatch, "distill", recipe, f"output={run}", *same, "--resume")
+    with monkeypatch.context() as patched:
+        patched.setattr(ConfusionMatrix, "update", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            gskd("distill", recipe, f"output={run}", *same, "--resume")
+    gskd_ok("distill", recipe, f"output={run}", *same, "--resume")
+    assert_same_run(run, tmp_path / "whole")
+
+
 def test_changes_can_be_accepted(recipe, tmp_path, monkeypatch):
     run = tmp_path / "run"
     kill_at(5, monkeypatch, "distill", recipe, f"output={run}")

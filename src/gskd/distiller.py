@@ -158,6 +158,12 @@ class Distiller(nn.Module):
                 raise GSKDError(f"terms: the name {name!r} cannot be used; expected a word of letters, digits and _")
         if task_loss is None and not terms:
             raise GSKDError("distiller: expected a task loss or at least one term, got neither")
+        shared = {id(p) for p in teacher.parameters()} if teacher is not None else set()
+        if common := [name for name, p in student.named_parameters() if id(p) in shared]:
+            raise GSKDError(
+                f"distiller: student and teacher share {len(common)} parameters, first {common[0]!r}, and the teacher's"
+                " are frozen; expected two models, for example copy.deepcopy(student)"
+            )
         self.student = student
         self.losses = nn.ModuleDict({name: term.loss for name, term in terms.items()})
         self.task_loss = task_loss
