@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from gskd import GSKDError
-from gskd.data.loading import batches, moved
+from gskd.data.loading import _readable, batches, moved
 
 
 class Numbers(Dataset):
@@ -29,6 +29,10 @@ def refuse() -> None:
 
 def fault() -> None:
     raise RuntimeError("mine")
+
+
+def missing() -> None:
+    raise FileNotFoundError("3.png")
 
 
 def die() -> None:
@@ -61,6 +65,23 @@ def test_a_worker_that_is_killed_is_named():
     with pytest.raises(GSKDError, match=r"^data.workers: a process that loads"), batches(Numbers(die), 1) as found:
         list(found)
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "socket")])
+def test_a_worker_that_is_killed_while_its_batch_is_fetched(error):
+    def lost():
+        yield 1
+        raise error
+
+    with pytest.raises(GSKDError, match=r"^data.workers: a process that loads"):
+        list(_readable(lost(), workers=1))
+    with pytest.raises(type(error)):
+        list(_readable(lost(), workers=0))
+
+
+def test_a_missing_file_of_the_dataset_is_no_killed_worker():
+    with pytest.raises(FileNotFoundError, match=r"3\.png"), batches(Numbers(missing), 1) as found:
+        list(found)
 
 
 def test_leaving_early_ends_the_workers():

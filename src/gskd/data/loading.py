@@ -36,7 +36,7 @@ def batches(dataset: Dataset[Any], workers: int, **how: Any) -> Iterator[Iterato
         )
     )
     try:
-        yield _readable(found)
+        yield _readable(found, workers)
     finally:
         if workers:
             found._shutdown_workers()  # type: ignore[attr-defined]  # torch has no public way
@@ -44,7 +44,13 @@ def batches(dataset: Dataset[Any], workers: int, **how: Any) -> Iterator[Iterato
                 worker.kill()  # one that is stuck in a file
 
 
-def _readable(found: Iterator[Any]) -> Iterator[Any]:
+_KILLED = (
+    "data.workers: a process that loads samples was killed, perhaps by the system for its memory; fewer workers or less"
+    " data.cache_gib need less"
+)
+
+
+def _readable(found: Iterator[Any], workers: int) -> Iterator[Any]:
     """Errors as they were raised: a worker process sends its whole traceback as the message."""
     while True:
         try:
@@ -56,10 +62,13 @@ def _readable(found: Iterator[Any]) -> Iterator[Any]:
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
-            raise GSKDError(
-                "data.workers: a process that loads samples was killed, perhaps by the system for its memory; fewer"
-                " workers or less data.cache_gib need less"
-            ) from None
+            raise GSKDError(_KILLED) from None
+        except (EOFError, OSError) as error:
+            # A worker that dies after it has sent a batch is missed when its memory is fetched. What the dataset itself
+            # raised there says "Caught ... in DataLoader worker".
+            if not workers or "DataLoader worker" in str(error):
+                raise
+            raise GSKDError(_KILLED) from None
         yield batch
 
 
