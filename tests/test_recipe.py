@@ -1,9 +1,11 @@
 import math
+import re
 import string
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -282,3 +284,11 @@ def test_small_floats_survive(tmp_path: Path) -> None:
     loaded = load_recipe(write(tmp_path, dump_recipe(recipe)))
     assert (loaded.train.lr, loaded.train.weight_decay) == (1e-05, 1.2345678901234567e-17)
     assert not math.isnan(loaded.train.lr)
+
+
+def test_the_readme_shows_recipes_that_can_be_read() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) + re.findall(r"`(terms: .*?)`", text)
+    assert len(shown) >= 3
+    for piece in shown:
+        assert isinstance(yaml.safe_load(piece), dict), piece

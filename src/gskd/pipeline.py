@@ -339,7 +339,9 @@ def _build_teacher(
     run = Run(Path(spec.run).expanduser())
     recipe = run.load_recipe()
     run.check_classes(data, "teacher")
-    return run.load_model(recipe), recipe.model
+    model = run.load_model(recipe)
+    check_classes(model, len(data.classes), f"teacher {recipe.model.name!r}", size)
+    return model, recipe.model
 
 
 def check_terms(specs: dict[str, TermRecipe]) -> None:

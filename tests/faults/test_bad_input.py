@@ -202,6 +202,23 @@ def test_refused_before_anything_is_written(world, case, record_property):
     assert snapshot(world.folder) == world.before
 
 
+def test_a_crop_that_only_the_teacher_cannot_take(tmp_path):
+    """It used to be found while the layers were looked at, by a traceback."""
+    args = {
+        "encoder_name": "resnet18",
+        "encoder_weights": None,
+        "decoder_channels": 8,
+        "decoder_atrous_rates": [1, 1, 1],
+    }
+    teacher = tmp_path / "teacher"
+    recipe = write_recipe(tmp_path / "t.yaml", teacher, model={"name": "smp:DeepLabV3Plus", "args": args})
+    gskd_ok("train", recipe, "train.steps=1")
+    recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "run", teacher={"run": str(teacher)}, terms={"kd": {}})
+    refused = gskd("distill", recipe, "augment.crop=[47,61]")
+    assert_refused(refused, "teacher", "cannot run on an image of (1, 3, 47, 61)")
+    assert not (tmp_path / "run").exists()
+
+
 def test_all_mistakes_in_one_line(world):
     assert_refused(gskd(*world.arguments(BEFORE_TRAINING["several"][0])), "train.steps", "sead")
 
