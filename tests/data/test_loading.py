@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 from torch.utils.data import Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from gskd import GSKDError
 from gskd.data.loading import _readable, batches, moved
@@ -77,6 +78,34 @@ def test_a_worker_that_is_killed_while_its_batch_is_fetched(error):
         list(_readable(lost(), workers=1))
     with pytest.raises(type(error)):
         list(_readable(lost(), workers=0))
+
+
+KILLED = RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
+"""What torch raises from its signal handler: wherever the main process is at that moment."""
+
+
+def use_one(do) -> None:
+    with batches(Numbers(), 2) as found:
+        next(found)
+        do()
+
+
+def test_a_worker_that_is_killed_while_its_batch_is_used():
+    def use():
+        raise KILLED
+
+    with pytest.raises(GSKDError, match=r"^data.workers: a process that loads"):
+        use_one(use)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_is_killed_while_all_are_ended(monkeypatch):
+    def killed(self):
+        raise KILLED
+
+    with pytest.raises(GSKDError, match=r"^data.workers: a process that loads"):
+        use_one(lambda: monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_shutdown_workers", killed))
+    assert multiprocessing.active_children() == []
 
 
 def test_a_missing_file_of_the_dataset_is_no_killed_worker():

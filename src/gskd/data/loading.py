@@ -36,12 +36,26 @@ def batches(dataset: Dataset[Any], workers: int, **how: Any) -> Iterator[Iterato
         )
     )
     try:
-        yield _readable(found, workers)
+        try:
+            yield _readable(found, workers)
+        finally:
+            if workers:
+                _end(found)
+    except RuntimeError as error:
+        # torch raises it from a signal handler: while a batch is waited for or used, or while the workers are ended.
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise GSKDError(_KILLED) from None
+
+
+def _end(found: Any) -> None:
+    """Ends a loader's workers, also one that is stuck in a file; torch has no public way."""
+    try:
+        found._shutdown_workers()
     finally:
-        if workers:
-            found._shutdown_workers()  # type: ignore[attr-defined]  # torch has no public way
-            for worker in found._workers:  # type: ignore[attr-defined]
-                worker.kill()  # one that is stuck in a file
+        for worker in found._workers:
+            worker.kill()
+            worker.join()
 
 
 _KILLED = (
@@ -59,10 +73,6 @@ def _readable(found: Iterator[Any], workers: int) -> Iterator[Any]:
             return
         except GSKDError as error:
             raise GSKDError(str(error).rsplit(f"{GSKDError.__name__}: ", 1)[-1].strip()) from None
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
-                raise
-            raise GSKDError(_KILLED) from None
         except (EOFError, OSError) as error:
             # A worker that dies after it has sent a batch is missed when its memory is fetched. What the dataset itself
             # raised there says "Caught ... in DataLoader worker".
