@@ -291,3 +291,16 @@ def test_reports_are_plain() -> None:
     report = models.WeightsReport(("a",), (), ("b: (1,) in the file, (2,) in the model",))
     assert str(report) == "1 missing (a); 1 of another shape (b: (1,) in the file, (2,) in the model)"
     assert json.dumps(report.missing)
+
+
+def test_weights_that_may_not_be_read_are_one_error(tmp_path, monkeypatch):
+    """What is wrong with them cannot be looked at either."""
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(b"of somebody else")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(GSKDError, match=r"w\.safetensors: not a whole safetensors file"):
+        load_weights(torch.nn.Linear(2, 2), path)

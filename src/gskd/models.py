@@ -266,7 +266,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 def _not_whole(path: str | Path, error: Exception) -> str:
     """Says also what to do where the file is one of ``torch.save``: a zip archive, or a bare pickle."""
-    with open(path, "rb") as file:
+    begin = b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # what may not be read may not be looked at either
         begin = file.read(2)
     hint = "; a file of torch.save becomes one by gskd convert" if begin in (b"PK", b"\x80\x02", b"\x80\x04") else ""
     return f"weights {path}: not a whole safetensors file: {' '.join(str(error).split())[:200]}{hint}"
