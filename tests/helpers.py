@@ -5,8 +5,11 @@ import hashlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,8 @@ TERMS: dict[str, Any] = {
 STEPS = 4
 
 
-def recipe_tree(output: Path, **sections: Any) -> dict[str, Any]:
+def recipe_tree(output: Path, train: Mapping[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
+    """A recipe that takes seconds. Of ``train`` what is given replaces what stands here, all other sections whole."""
     tree: dict[str, Any] = {
         "output": str(output),
         "data": {"dataset": "scenes", "options": {"size": [32, 48], "length": 4}},
@@ -53,6 +57,7 @@ def recipe_tree(output: Path, **sections: Any) -> dict[str, Any]:
             "checkpoint_every": 2,
             "tensorboard": False,
             "threads": 1,
+            **(train or {}),
         },
         "eval": {"every": 2},
     }
@@ -87,6 +92,16 @@ def gskd_ok(*arguments: object) -> Outcome:
     return outcome
 
 
+def assert_refused(outcome: Outcome, *parts: str) -> None:
+    """Exit code 2 and one line that holds all the parts."""
+    assert outcome.code == 2, outcome
+    lines = outcome.err.splitlines()
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("gskd: "), outcome.err
+    assert [part for part in parts if part not in lines[0]] == [], outcome.err
+    assert "Traceback" not in outcome.err + outcome.out
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
 
@@ -103,6 +118,28 @@ def spawn(*arguments: object, launcher: tuple[str, ...] = ("-m", "gskd.cli"), cw
     )
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def spawn_two(*arguments: object) -> Any:
+    """The command line as two processes under torchrun."""
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "-m", "gskd.cli")
+    return spawn(*arguments, launcher=launcher)
+
+
+def wait_until(condition: Callable[[], bool], process: Any, seconds: float = 240) -> None:
+    """Waits for something that a process does before it ends."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def snapshot(folder: Path) -> dict[str, str]:
     """Every file below a folder with a hash of its bytes, and every folder."""
     return {
@@ -113,6 +150,12 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def count_records(run: Path) -> int:
+    """Whole lines of the metrics, also while they are written."""
+    metrics = run / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
 
 
 def steps(run: Path) -> list[dict[str, Any]]:

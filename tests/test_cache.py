@@ -17,7 +17,7 @@ from gskd import Distiller, GSKDLoss, KDLoss, MSELoss, Term
 from gskd.cache import CacheSource, _content_hash
 from gskd.data.datasets import FolderPairs, open_dataset
 from gskd.losses import Pixels, PSDLoss
-from helpers import TERMS, Outcome, assert_same_run, gskd, gskd_ok, recipe_tree, snapshot, spawn, steps
+from helpers import TERMS, assert_refused, assert_same_run, gskd, gskd_ok, recipe_tree, snapshot, spawn, steps
 from test_distiller import Net
 
 SAMPLES, VIEWS = 20, 13
@@ -42,12 +42,6 @@ def write(folder: Path, teacher: Path, **changes) -> Path:
 
 def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("cache/*/*.safetensors"))
-
-
-def assert_refused(outcome: Outcome, *parts: str) -> None:
-    assert outcome.code == 2, outcome
-    assert outcome.err.count("\n") == 1
-    assert all(part in outcome.err for part in parts), outcome.err
 
 
 # The targets

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import socket
-import time
 
 import psutil
 import pytest
@@ -13,21 +11,26 @@ import torch.multiprocessing as mp
 
 from gskd.distiller import Distiller, Term
 from gskd.losses import LOSSES
-from helpers import STEPS, assert_same_run, gskd_ok, records, scores, spawn, steps
+from helpers import (
+    STEPS,
+    assert_same_run,
+    count_records,
+    free_port,
+    gskd_ok,
+    records,
+    scores,
+    spawn,
+    spawn_two,
+    steps,
+    wait_until,
+)
 
 # `accelerate launch` imports torchvision, which beside a CPU torch needs gskd's patch first.
 ACCELERATE = ("-c", "import gskd._torchvision; from accelerate.commands.accelerate_cli import main; main()")
 
 
-def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def torchrun(*arguments):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port()}", "-m", "gskd.cli")
-    return finished(spawn(*arguments, launcher=launcher))
+    return finished(spawn_two(*arguments))
 
 
 def finished(process):
@@ -116,7 +119,15 @@ def test_torchrun_refuses_in_one_line_each(tiny, tmp_path):
 def test_accelerate_launch(tiny, tmp_path):
     """On CPU it starts one process unless it is given MPI; what it sets up must not disturb the run."""
     run = tmp_path / "run"
-    launcher = (*ACCELERATE, "launch", "--cpu", "--num_processes=2", f"--main_process_port={port()}", "-m", "gskd.cli")
+    launcher = (
+        *ACCELERATE,
+        "launch",
+        "--cpu",
+        "--num_processes=2",
+        f"--main_process_port={free_port()}",
+        "-m",
+        "gskd.cli",
+    )
     code, _, err = finished(spawn("train", tiny.recipe, f"output={run}", launcher=launcher))
     assert code == 0, err
     assert_same_run(run, tiny.plain)
@@ -126,13 +137,8 @@ def test_accelerate_launch(tiny, tmp_path):
 def test_all_processes_stop_when_one_is_asked_to(two, tiny, tmp_path):
     """And the run that goes on from there ends as one that was never stopped."""
     run, long = tmp_path / "run", ["train.steps=60", "eval.every=100", "train.checkpoint_every=100"]
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port()}", "-m", "gskd.cli")
-    process = spawn("distill", tiny.recipe, f"output={run}", *long, launcher=launcher)
-    deadline = time.monotonic() + 200
-    while not (run / "metrics.jsonl").is_file() or len((run / "metrics.jsonl").read_bytes().splitlines()) < 4:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process = spawn_two("distill", tiny.recipe, f"output={run}", *long)
+    wait_until(lambda: count_records(run) >= 4, process, 200)
     workers = psutil.Process(process.pid).children()
     next(worker for worker in workers if worker.environ().get("RANK") == "1").send_signal(signal.SIGTERM)
     code, _, err = finished(process)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -15,7 +14,20 @@ from gskd.metrics import ConfusionMatrix
 from gskd.recipe import load_recipe
 from gskd.run import Run
 from gskd.stops import EXIT_STOPPED
-from helpers import TERMS, assert_same_run, gskd, gskd_ok, records, scores, snapshot, spawn, steps, write_recipe
+from helpers import (
+    TERMS,
+    assert_same_run,
+    count_records,
+    gskd,
+    gskd_ok,
+    records,
+    scores,
+    snapshot,
+    spawn,
+    steps,
+    wait_until,
+    write_recipe,
+)
 
 STEPS = 6
 
@@ -28,12 +40,14 @@ class Killed(BaseException):
 def recipe(tiny, tmp_path_factory):
     """GSKD and KD: the points that GSKD draws are random inside the step."""
     folder = tmp_path_factory.mktemp("resume")
-    path = write_recipe(folder / "r.yaml", folder / "whole", teacher={"run": str(tiny.teacher)}, terms=TERMS)
-    tree = json.loads(path.read_text())
-    tree["train"] |= {"steps": STEPS, "checkpoint_every": 2}
-    tree["eval"]["every"] = 3
-    path.write_text(json.dumps(tree))
-    return path
+    return write_recipe(
+        folder / "r.yaml",
+        folder / "whole",
+        teacher={"run": str(tiny.teacher)},
+        terms=TERMS,
+        train={"steps": STEPS, "checkpoint_every": 2},
+        eval={"every": 3},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -193,11 +207,7 @@ def test_sigkill(recipe, tmp_path, workers):
     run, long = tmp_path / "run", ["train.steps=12", f"data.workers={workers}"]
     process = spawn("distill", recipe, f"output={run}", *long)
     try:
-        deadline = time.monotonic() + 400
-        while not (run / "metrics.jsonl").is_file() or len((run / "metrics.jsonl").read_bytes().splitlines()) < 4:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(lambda: count_records(run) >= 4, process, 400)
     finally:
         process.kill()
         process.communicate()

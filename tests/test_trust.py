@@ -14,7 +14,7 @@ from gskd import GSKDError
 from gskd.conversion import convert_weights
 from gskd.models import build_model, load_weights
 from gskd.recipe import load_recipe
-from helpers import TINY_UNET, gskd, gskd_ok, spawn, write_recipe
+from helpers import TINY_UNET, assert_refused, gskd, gskd_ok, spawn, write_recipe
 
 MODULE = """
 import pathlib, torch
@@ -35,11 +35,6 @@ def module(tmp_path, monkeypatch):
     return name, trace
 
 
-def refused(outcome, *parts):
-    assert (outcome.code, len(outcome.err.splitlines())) == (2, 1), outcome
-    assert [part for part in parts if part not in outcome.err] == [], outcome.err
-
-
 @pytest.mark.parametrize("command", ["train", "distill"])
 def test_a_recipe_imports_nothing_unless_it_is_allowed(tiny, module, tmp_path, command):
     name, trace = module
@@ -47,7 +42,7 @@ def test_a_recipe_imports_nothing_unless_it_is_allowed(tiny, module, tmp_path, c
     recipe = write_recipe(
         tmp_path / "r.yaml", tmp_path / "run", model=model, teacher={"run": str(tiny.teacher)}, terms={"kd": {}}
     )
-    refused(gskd(command, recipe), f"model.name: {name}:network", "--allow-imports")
+    assert_refused(gskd(command, recipe), f"model.name: {name}:network", "--allow-imports")
     assert not trace.exists()
     assert not (tmp_path / "run").exists()
     gskd_ok(command, recipe, "train.steps=2", "--allow-imports")
@@ -67,13 +62,13 @@ def test_a_run_of_somebody_else_imports_nothing_either(tiny, module, tmp_path):
     recipe = write_recipe(tmp_path / "r.yaml", run, model={"name": f"{name}:network"})
     gskd_ok("train", recipe, "train.steps=1", "--allow-imports")
     trace.unlink()
-    refused(gskd("eval", run), "model.name", "--allow-imports")
-    refused(gskd("predict", run, tmp_path, "-o", tmp_path / "out"))
+    assert_refused(gskd("eval", run), "model.name", "--allow-imports")
+    assert_refused(gskd("predict", run, tmp_path, "-o", tmp_path / "out"))
     student = write_recipe(tmp_path / "s.yaml", tmp_path / "student", teacher={"run": str(run)}, terms={"kd": {}})
-    refused(gskd("distill", student), "--allow-imports")
+    assert_refused(gskd("distill", student), "--allow-imports")
     named = {"model": {"name": f"{name}:network", "weights": str(run)}}
     student = write_recipe(tmp_path / "t.yaml", tmp_path / "student", teacher=named, terms={"kd": {}})
-    refused(gskd("distill", student), "teacher.model.name", "--allow-imports")
+    assert_refused(gskd("distill", student), "teacher.model.name", "--allow-imports")
     assert not trace.exists()
     gskd_ok("eval", run, "--allow-imports")
 
@@ -97,11 +92,11 @@ def test_a_pickle_is_not_loaded(tiny, tmp_path, suffix):
     weights, trace = tmp_path / f"w.{suffix}", tmp_path / "trace"
     weights.write_bytes(pickle.dumps(Code(trace)))
     recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "run", model={**TINY_UNET, "weights": str(weights)})
-    refused(gskd("train", recipe), f"w.{suffix}: not a whole safetensors file", "gskd convert")
+    assert_refused(gskd("train", recipe), f"w.{suffix}: not a whole safetensors file", "gskd convert")
     reason = "cannot read it" if suffix == "safetensors" else "more than tensors"
-    refused(gskd("convert", weights, "-o", tmp_path / "o.safetensors"), f"w.{suffix}", reason)
+    assert_refused(gskd("convert", weights, "-o", tmp_path / "o.safetensors"), f"w.{suffix}", reason)
     torch.save({"state_dict": Code(trace)}, weights)
-    refused(gskd("convert", weights, "-o", tmp_path / "o.safetensors"), f"w.{suffix}", reason)
+    assert_refused(gskd("convert", weights, "-o", tmp_path / "o.safetensors"), f"w.{suffix}", reason)
     assert not trace.exists()
     assert not (tmp_path / "o.safetensors").exists()
 
@@ -129,7 +124,7 @@ def test_weights_of_torch_save_become_safetensors(tmp_path, wrap, options):
     assert found.keys() == state.keys()
     assert all(found[key].equal(state[key]) for key in state)
     before = (tmp_path / "w.safetensors").read_bytes()
-    refused(gskd("convert", tmp_path / "w.pth", "-o", tmp_path / "w.safetensors", *options), "exists already")
+    assert_refused(gskd("convert", tmp_path / "w.pth", "-o", tmp_path / "w.safetensors", *options), "exists already")
     assert (tmp_path / "w.safetensors").read_bytes() == before
 
 
@@ -196,7 +191,7 @@ def test_a_dataset_stays_below_its_root(tmp_path, where, value):
         tmp_path / "run",
         data={"dataset": "folder", "root": str(tmp_path), "options": {"classes": ["a", "b"]}},
     )
-    refused(gskd("train", recipe, f"{where}={value}"), value, "below the dataset's root")
+    assert_refused(gskd("train", recipe, f"{where}={value}"), value, "below the dataset's root")
 
 
 def test_a_checkpoint_cannot_name_other_files(tiny, tmp_path):

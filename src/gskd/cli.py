@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +53,7 @@ AllowImports = Annotated[
     bool,
     typer.Option(
         "--allow-imports",
-        callback=lambda allowed: _allow_imports() if allowed else None,
+        callback=lambda context, allowed: context.with_resource(_imports_allowed()) if allowed else None,
         help="Run the Python code that a recipe's model.name may name; only for recipes and runs that you trust.",
     ),
 ]
@@ -328,13 +330,22 @@ def demo(
     run_demo(output, console, tuple(overrides or ()))
 
 
-def _allow_imports() -> None:
+@contextlib.contextmanager
+def _imports_allowed() -> Iterator[None]:
+    """While a command runs, also for the processes that it starts."""
     from gskd.models import IMPORTS_ALLOWED
 
-    os.environ[IMPORTS_ALLOWED] = "1"  # also for the processes of a comparison
+    before = os.environ.get(IMPORTS_ALLOWED)
+    os.environ[IMPORTS_ALLOWED] = "1"
     # A recipe may name a module beside it; python -m finds those, an installed script would not. Last, so that no
     # file in the folder hides an installed package.
     sys.path.append(os.getcwd())
+    try:
+        yield
+    finally:
+        del os.environ[IMPORTS_ALLOWED]
+        if before is not None:
+            os.environ[IMPORTS_ALLOWED] = before
 
 
 def _score_table(title: str, score: dict[str, Any]) -> Table:
@@ -354,7 +365,6 @@ def _score_table(title: str, score: dict[str, Any]) -> Table:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point of the ``gskd`` command."""
-    before = dict(os.environ)
     try:
         app(args=arguments, standalone_mode=True)
     except GSKDError as error:
@@ -368,10 +378,6 @@ def main(arguments: list[str] | None = None) -> Any:
         if error.code == 130:  # what typer makes of Ctrl-C
             sys.stderr.write("gskd: stopped; the same command goes on, train and distill with --resume\n")
         raise
-    finally:
-        os.environ.update(before)
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
 
 
 if __name__ == "__main__":

@@ -99,8 +99,7 @@ class Run:
             "kind": kind,
             "classes": list(data.classes),
             "palette": np.asarray(data.palette).tolist(),
-            "teacher_sha256": teacher and _weights_hash(teacher),
-            "samples_sha256": _names_hash(data),
+            **_origins(teacher, data),
             "left_out": list(left_out),
             "environment": environment(),
         }
@@ -172,9 +171,12 @@ class Run:
 
         Where things stand, how data are loaded, how much is computed at a time and how often it reports may change.
         """
-        alone = self.info().get("kind") == "train"  # then teacher and terms were left out
-        if differing := _differences(_core(self.load_recipe(), alone), _core(recipe, alone)):
+        if differing := self._changes(recipe):
             raise GSKDError(f"run {self.path}: was begun with another recipe: " + "; ".join(differing[:3]))
+
+    def _changes(self, recipe: Recipe) -> list[str]:
+        alone = self.info().get("kind") == "train"  # then teacher and terms were left out
+        return _differences(_core(self.load_recipe(), alone), _core(recipe, alone))
 
     def check_teacher(self, teacher: TeacherRecipe) -> None:
         """Raises `GSKDError` where the run was begun with other weights of the teacher."""
@@ -192,13 +194,8 @@ class Run:
 
     def accept(self, recipe: Recipe, teacher: TeacherRecipe | None, data: SegmentationDataset) -> None:
         """Makes recipe, teacher and samples of now those of the run. Its metrics keep a line that this was done."""
-        info = self.info() | {
-            "teacher_sha256": teacher and _weights_hash(teacher),
-            "samples_sha256": _names_hash(data),
-        }
-        alone = info["kind"] == "train"
-        changes = _differences(_core(self.load_recipe(), alone), _core(recipe, alone))
-        write_text(self.info_file, json.dumps(info, indent=1))
+        changes = self._changes(recipe)
+        write_text(self.info_file, json.dumps(self.info() | _origins(teacher, data), indent=1))
         write_text(self.recipe_file, dump_recipe(recipe))
         self.add_metrics({"step": 0, "accepted": changes})
 
@@ -304,6 +301,11 @@ def _weights_hash(teacher: TeacherRecipe) -> str | None:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError:
         return None
+
+
+def _origins(teacher: TeacherRecipe | None, data: SegmentationDataset) -> dict[str, Any]:
+    """What a run was made from, apart from its recipe."""
+    return {"teacher_sha256": teacher and _weights_hash(teacher), "samples_sha256": _names_hash(data)}
 
 
 def _names_hash(data: SegmentationDataset) -> str:

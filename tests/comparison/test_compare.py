@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 import signal
-import time
 
 import psutil
 import pytest
@@ -164,10 +163,7 @@ def test_an_interrupted_grid_continues(tmp_path):
     path = write(tmp_path, equal_seconds="off", recipe={"train": {"steps": 12}}, variants={"plain": {"terms": {}}})
     process = helpers.spawn("compare", path)
     run = tmp_path / "out" / "runs" / "plain" / "seed-0"
-    deadline = time.monotonic() + 120
-    while not any((run / "checkpoints").glob("step-*")):
-        assert time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
+    helpers.wait_until(lambda: any((run / "checkpoints").glob("step-*")), process, 120)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
@@ -251,10 +247,7 @@ def test_the_lock_lives_as_long_as_the_runs(tmp_path):
     path = write(tmp_path, variants={"plain": {"terms": {}}}, **changes)
     process = helpers.spawn("compare", path)
     run = tmp_path / "out" / "runs" / "plain" / "seed-0"
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").is_file():
-        assert time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
+    helpers.wait_until((run / "metrics.jsonl").is_file, process, 120)
     process.kill()
     process.wait()
     outcome = helpers.gskd("compare", path)

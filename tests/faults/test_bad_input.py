@@ -13,19 +13,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from helpers import Outcome, gskd, gskd_ok, snapshot, write_recipe
+from helpers import assert_refused, gskd, gskd_ok, snapshot, write_recipe
 
 FOLDER = "data.dataset=folder data.options={classes:[a,b]} train.steps=3 data.root=@/"
 """Six pictures and six masks of two classes; each copy of them has another fault. Three steps of 4 read them all."""
-
-
-def assert_refused(outcome: Outcome, *parts: str) -> None:
-    assert outcome.code == 2, outcome
-    lines = outcome.err.splitlines()
-    assert len(lines) == 1, outcome.err
-    assert lines[0].startswith("gskd: "), outcome.err
-    assert [part for part in parts if part not in lines[0]] == [], outcome.err
-    assert "Traceback" not in outcome.err + outcome.out
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """Kills at random moments, one after another: the run that is left ends as one that was never disturbed."""
 
 import random
-import socket
 import time
 
 import psutil
 import pytest
 
-from helpers import TERMS, assert_same_run, gskd_ok, records, spawn, write_recipe
+from helpers import TERMS, assert_same_run, count_records, gskd_ok, records, spawn, spawn_two, wait_until, write_recipe
 
 KILLS = 20
 
@@ -21,14 +20,7 @@ def recipe(tiny, tmp_path_factory):
         folder / "whole",
         teacher={"run": str(tiny.teacher)},
         terms=TERMS,
-        train={
-            "steps": 120,
-            "batch": 4,
-            "log_every": 1,
-            "checkpoint_every": 2,
-            "tensorboard": False,
-            "threads": 1,
-        },
+        train={"steps": 120},
         eval={"every": 5},
     )
 
@@ -37,19 +29,6 @@ def recipe(tiny, tmp_path_factory):
 def whole(recipe):
     gskd_ok("distill", recipe)
     return recipe.parent / "whole"
-
-
-def lines(run):
-    """Lines in the metrics, also while they are written."""
-    metrics = run / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
-
-
-def wait_for(condition, process, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not condition() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.mark.slow
@@ -62,11 +41,9 @@ def test_twenty_kills(recipe, whole, tmp_path, workers):
         process = spawn("distill", recipe, f"output={run}", f"data.workers={workers}", "--resume")
         try:
             if chance.random() < 0.8:
-                before, more = lines(run), chance.randrange(1, 10)
-                # Resuming takes lines back first.
-                wait_for(lambda n=before: lines(run) < n, process, 30) if done > 2 and before else None
-                now = lines(run)
-                wait_for(lambda n=now + more: lines(run) >= n, process)
+                # The last ones run to their end.
+                enough = count_records(run) + chance.randrange(1, 10)
+                wait_until(lambda n=enough, p=process: count_records(run) >= n or p.poll() is not None, process)
             time.sleep(chance.uniform(0, 0.2))
         finally:
             for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
@@ -81,15 +58,8 @@ def test_twenty_kills(recipe, whole, tmp_path, workers):
     assert [record["step"] for record in records(run) if "loss" in record] == list(range(1, 121))
 
 
-def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def two(recipe, run):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port()}", "-m", "gskd.cli")
-    return spawn("distill", recipe, f"output={run}", "train.steps=40", "--resume", launcher=launcher)
+    return spawn_two("distill", recipe, f"output={run}", "train.steps=40", "--resume")
 
 
 @pytest.mark.slow
@@ -99,8 +69,8 @@ def test_one_of_two_processes_is_killed_ten_times(recipe, tmp_path):
     for kill in range(10):
         process = two(recipe, run)
         try:
-            now, more = lines(run), chance.randrange(2, 5)
-            wait_for(lambda n=now + more: lines(run) >= n, process)
+            enough = count_records(run) + chance.randrange(2, 5)
+            wait_until(lambda n=enough: count_records(run) >= n, process)
             workers, rank = psutil.Process(process.pid).children(), str(chance.randrange(2))
             victim = next(worker for worker in workers if worker.environ().get("RANK") == rank)
             victim.kill()

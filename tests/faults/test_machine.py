@@ -4,12 +4,15 @@
 """
 
 import json
+import shutil
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from gskd.stops import EXIT_STOPPED
@@ -91,18 +94,16 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
     """A recipe with a teacher, and what its run gives where nothing fails."""
-    import shutil
-
-    import torch
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("machine")
     shutil.copytree(tiny.teacher, folder / "teacher")
-    path = write_recipe(folder / "r.yaml", folder / "whole", teacher={"run": str(folder / "teacher")}, terms=TERMS)
-    tree = json.loads(path.read_text())
-    tree["train"] |= {"steps": 6, "checkpoint_every": 2}
-    tree["eval"]["every"] = 3
-    path.write_text(json.dumps(tree))
+    path = write_recipe(
+        folder / "r.yaml",
+        folder / "whole",
+        teacher={"run": str(folder / "teacher")},
+        terms=TERMS,
+        train={"steps": 6, "checkpoint_every": 2},
+        eval={"every": 3},
+    )
     gskd_ok("distill", path)
     torch.save(torch.nn.Linear(2, 2).state_dict(), folder / "w.pth")
     Image.new("RGB", (40, 30)).save(folder / "image.png")
