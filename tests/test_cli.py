@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from gskd import __version__
 from gskd.data.palettes import CAMVID_CLASSES, CAMVID_PALETTE
 from gskd.losses import LOSSES
 from gskd.models import build_model
@@ -297,6 +298,10 @@ def test_help_names_what_there_is(command, parts):
     said = gskd_ok(*command, "--help")
     text = re.sub(r"\x1b\[[0-9;]*m", "", said.out)
     assert [part for part in parts if part not in text] == []
+
+
+def test_the_version_is_that_of_the_package():
+    assert gskd_ok("--version").out == f"gskd {__version__}\n"
 
 
 def test_shipped_recipes_parse_and_are_named_by_the_help():

@@ -168,6 +168,8 @@ def test_the_teacher_may_want_other_images(batch):
     [
         (lambda: (Net(5), None, three_terms()), "need a teacher"),
         (lambda: (Net(5), Net(8), {"task": Term(KDLoss())}), "'task' is taken"),
+        (lambda: (Net(5), Net(8), {"kd": Term(KDLoss(), float("nan"))}), "weight is nan, expected a finite number"),
+        (lambda: (Net(5), Net(8), {"kd": Term(KDLoss(), -1)}), "weight is -1, expected a finite number"),
         (lambda: (Net(5), Net(8), {"mse": Term(MSELoss())}), "layer"),
         (lambda: (Net(5), Net(8), {"mse": Term(MSELoss(), 1, "bodi", "body")}), "did you mean 'body'"),
     ],
@@ -357,6 +359,19 @@ def test_a_term_that_is_heard_once_is_left_alone(batch):
     distiller.losses["x"].until = 999
     for _ in range(25):
         distiller(*batch)
+
+
+def test_data_without_a_label_stops_the_run(batch):
+    images, labels = batch
+    distiller = Distiller(Net(3))
+    for _ in range(19):
+        distiller(images, torch.full_like(labels, 255))
+    with pytest.raises(GSKDError, match="no gradient in all of the first 20 passes: is a pixel labelled"):
+        distiller(images, torch.full_like(labels, 255))
+    labelled = Distiller(Net(3))
+    labelled(images, labels)
+    for _ in range(25):
+        labelled(images, torch.full_like(labels, 255))
 
 
 def test_a_gradient_too_small_for_half_precision_is_heard(batch):

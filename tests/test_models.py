@@ -223,6 +223,19 @@ def test_misfit_is_refused_in_full_and_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_weights_of_another_network_are_counted_and_not_all_listed(tmp_path: Path) -> None:
+    write_tensors({f"layer{k}.weight": torch.zeros(1) for k in range(300)}, tmp_path / "other.safetensors")
+    with pytest.raises(GSKDError, match=r"300 unexpected \(layer0.weight, .* and 295 more\)") as caught:
+        load_weights(net(), tmp_path / "other.safetensors")
+    assert len(str(caught.value)) < 500
+
+
+def test_weights_may_be_read_by_whom_other_new_files_may(tmp_path: Path) -> None:
+    save_weights(net(), tmp_path / "a.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_what_fits_is_loaded_where_asked(tmp_path: Path) -> None:
     misfit(tmp_path / "a.safetensors")
     model = net()

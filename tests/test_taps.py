@@ -216,7 +216,7 @@ def test_an_output_overwritten_in_place_is_an_error_but_an_inplace_layer_itself_
 
 def test_a_block_without_or_with_two_forwards_is_an_error() -> None:
     model = Plain()
-    with pytest.raises(GSKDError, match="was the model called inside"), Taps(model, ["body"]):
+    with pytest.raises(GSKDError, match="was another model called, or none"), Taps(model, ["body"]):
         pass
     with pytest.raises(GSKDError, match="fired 3 times"), Taps(model, ["logits"]):
         [model(IMAGES) for _ in range(3)]

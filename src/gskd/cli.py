@@ -14,12 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gskd.errors import GSKDError
+from gskd.errors import GSKDError, count
 from gskd.stops import EXIT_STOPPED, Stopped
 
 app = typer.Typer(
     name="gskd",
-    help="Distil small semantic-segmentation networks that keep the global structure a large teacher sees.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -67,6 +66,23 @@ AcceptChanges = Annotated[
         help="With --resume: go on though the recipe, the teacher or the training samples have changed since.",
     ),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        console.print(f"gskd {version('gskd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Distil small semantic-segmentation networks that keep the global structure a large teacher sees."""
 
 
 @app.command()
@@ -254,7 +270,7 @@ def check_data(recipe: RecipeName, overrides: Overrides = None) -> None:
     problems = sum(len(report.problems) for report in reports.values())
     if problems:
         raise GSKDError(
-            f"data: {problems} problems in {sum(r.samples for r in reports.values())} samples, listed above"
+            f"data: {count(problems, 'problem')} in {sum(r.samples for r in reports.values())} samples, listed above"
         )
 
 
@@ -312,8 +328,8 @@ def convert(
     """
     from gskd.conversion import convert_weights
 
-    count = convert_weights(weights, output, key, strip)
-    console.print(f"{output}: {count} tensors", markup=False, soft_wrap=True)
+    tensors = convert_weights(weights, output, key, strip)
+    console.print(f"{output}: {count(tensors, 'tensor')}", markup=False, soft_wrap=True)
 
 
 @app.command()

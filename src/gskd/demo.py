@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from gskd.data import SegmentationDataset
-from gskd.errors import GSKDError
+from gskd.errors import GSKDError, few
 from gskd.evaluation import Inference, predict
 from gskd.models import count_parameters
 from gskd.pictures import colourise, side_by_side
@@ -33,9 +33,16 @@ def run_demo(output: Path, console: Console, overrides: tuple[str, ...] = ()) ->
         console: where the progress and the table go.
         overrides: ``key=value`` changes of all three recipes, for example ``train.steps=20``.
 
+    Raises:
+        GSKDError: the folder holds anything else; or whatever training refuses.
+
     Returns:
         The results of the three runs by ``"teacher"``, ``"plain"`` and ``"gskd"``.
     """
+    picture = output / "demo.png"
+    own = {*TITLES, picture.name}
+    if output.is_dir() and (other := sorted(file.name for file in output.iterdir() if file.name not in own)):
+        raise GSKDError(f"output {output}: holds {few(other)}; expected a new folder, or one of a demo")
     runs = {kind: Run(output / kind) for kind in TITLES}
     recipes = {
         "teacher": load_recipe("scenes_teacher", [f"output={runs['teacher'].path}", *overrides]),
@@ -52,7 +59,6 @@ def run_demo(output: Path, console: Console, overrides: tuple[str, ...] = ()) ->
     val = open_split(recipes["plain"], recipes["plain"].data.val)
     milliseconds = {kind: _latency(models[kind], val, inference_of(recipes[kind])) for kind in TITLES}
     console.print(_table(results, models, milliseconds, val.classes))
-    picture = output / "demo.png"
     try:
         _picture(models, recipes, val).save(picture)
     except OSError as error:

@@ -11,6 +11,7 @@ Usable in anyone's loop::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -69,12 +70,19 @@ class Term:
         student: layer of the student by dotted name, ``"logits"`` for its output, or ``"auto"``: `gskd.taps.auto_tap`.
             Several names, from the first layer to the last, for a loss that compares layers, such as `PSDLoss`.
         teacher: layer of the teacher, likewise.
+
+    Raises:
+        GSKDError: the weight is negative or not finite.
     """
 
     loss: nn.Module
     weight: float = 1.0
     student: str | Sequence[str] = "auto"
     teacher: str | Sequence[str] = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 <= float(self.weight) < math.inf:
+            raise GSKDError(f"term: weight is {self.weight!r}, expected a finite number of at least 0")
 
 
 class TermValue(NamedTuple):
@@ -123,7 +131,8 @@ class Distiller(nn.Module):
     with the distiller's ``to``.
 
     A term whose gradient at the student's layer is zero in each of the first 20 forward passes is an error: it would
-    cost its time and teach nothing. Once one has shown a gradient, nothing more is computed for this.
+    cost its time and teach nothing. So is a task loss without a gradient at the logits, as of data without a label.
+    Once one has shown a gradient, nothing more is computed for this.
 
     Args:
         student: the network to train.
@@ -174,6 +183,8 @@ class Distiller(nn.Module):
         self.teacher_dtype = teacher_dtype
         self._labels_checked = False
         self._silent_steps = {name: 0 for name, weight in self.weights.items() if weight != 0}
+        if task_loss is not None:
+            self._silent_steps["task"] = 0
         self.student_layers = {name: resolve_layers(student, t.student, t.loss) for name, t in terms.items()}
         self.teacher_layers = {name: resolve_layers(self._teacher[0], t.teacher, t.loss) for name, t in terms.items()}
         for model, layers in ((student, self.student_layers), *((t, self.teacher_layers) for t in self._teacher)):
@@ -229,6 +240,8 @@ class Distiller(nn.Module):
         if self.task_loss is not None:
             losses.append(self.task_loss(logits, labels))
             terms["task"] = TermValue(losses[0].detach(), losses[0].detach())
+            if "task" in self._silent_steps and torch.is_grad_enabled():
+                self._listen("task", losses[0], logits)
         if self.losses:
             if targets is None:
                 pixels, teacher_maps = self._teach(images if teacher_images is None else teacher_images, labels)
@@ -269,6 +282,11 @@ class Distiller(nn.Module):
             return
         self._silent_steps[name] += 1
         if self._silent_steps[name] >= _PATIENCE:
+            if name == "task":
+                raise GSKDError(
+                    f"labels: the loss against them had no gradient in all of the first {_PATIENCE} passes: is a pixel"
+                    f" labelled? {IGNORE}, less than 0, and what the data ignores do not count"
+                )
             raise GSKDError(
                 f"term {name!r}: its gradient to the student's {self.student_layers[name]!r} was zero in all of the"
                 f" first {_PATIENCE} passes: it teaches nothing. Is the layer trained, and does it see labelled pixels?"

@@ -1,9 +1,12 @@
-"""The one exception that tells a user what to change."""
+"""The one exception that tells a user what to change, and what its messages are made of."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+SHOWN = 5
+"""How many names, values or colours a message lists before it only counts."""
 
 
 class GSKDError(ValueError):
@@ -29,3 +32,14 @@ def near_names(name: str, known: Iterable[str], most: int = 5) -> str:
         return "; did you mean " + ", ".join(repr(k) for k in near[:most]) + "?"
     shown = ", ".join(repr(k) for k in known[:most])
     return f"; known: {shown}{', ...' if len(known) > most else ''}" if known else ""
+
+
+def few(names: Iterable[str]) -> str:
+    """The first of the names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def count(n: int, noun: str) -> str:
+    """ "1 pixel", "2 pixels"."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gskd.errors import GSKDError, near_names
+from gskd.errors import GSKDError, few, near_names
 from gskd.outputs import logits_of
 from gskd.taps import eval_mode
 
@@ -212,7 +212,7 @@ class WeightsReport:
             "of another shape": self.misshapen,
         }.items():
             if keys:
-                parts.append(f"{len(keys)} {title} ({', '.join(keys)})")
+                parts.append(f"{len(keys)} {title} ({few(keys)})")
         return "; ".join(parts) or "every key matches"
 
 
@@ -228,7 +228,7 @@ def load_weights(model: nn.Module, path: str | Path, strict: bool = True) -> Wei
         Every missing, unexpected and misshapen key.
 
     Raises:
-        GSKDError: no such file, not a safetensors file, truncated, or (strict) a mismatch, of which every key is named.
+        GSKDError: no such file, not a safetensors file, truncated, or (strict) a mismatch, with counts and first keys.
     """
     found = read_tensors(path)
     own = model.state_dict()
@@ -288,10 +288,13 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Map
     partial = path.with_name(path.name + ".partial")
     contiguous = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as of any new file here; safetensors would keep it from everybody else
         # None where there is none: no tensors and empty metadata make a file that safetensors itself cannot read.
         save_file(contiguous, partial, metadata=dict(metadata) if metadata else None)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(partial, mode)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):  # nothing was begun where the folder itself is missing or a file

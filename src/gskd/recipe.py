@@ -83,7 +83,8 @@ def load_tree(path: str | Path, kind: str = "recipe") -> Any:
     file = Path(path)
     if not file.is_file():
         if str(path) not in shipped:
-            near = near_names(str(path), shipped)
+            of_kind = [name for name in shipped if name.startswith("compare_") == (kind == "comparison")]
+            near = near_names(str(path), of_kind)
             raise GSKDError(f"{kind} {path}: no such file, and no {kind} of this name is shipped{near}")
         file = shipped[str(path)]
     try:

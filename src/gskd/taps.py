@@ -154,12 +154,12 @@ class Taps:
         where, fired = f"{self._model_name}: layer {name!r}", self._fired[name]
         if fired == 0:
             if not self._fired:
-                raise GSKDError(f"{where} never fired; was the model called inside the with block?")
+                raise GSKDError(f"{where} never fired: no tapped layer ran; was another model called, or none?")
             raise GSKDError(f"{where} never fired: the model's forward does not call it; tap a layer that runs")
         if fired > 1:
             raise GSKDError(
                 f"{where} fired {fired} times, expected once: it is a shared layer used {fired} times per forward, "
-                "or the model (or a checkpointed backward) ran more than once inside the with block"
+                "or the model (or a checkpointed backward) ran more than once while it was tapped"
             )
         if name in self._versions and self._features[name]._version != self._versions[name]:
             raise GSKDError(

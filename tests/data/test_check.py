@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,6 +65,17 @@ def test_notes_name_lone_masks_and_samples_without_labels(broken):
         assert unlabelled.endswith(": g")
     assert absent.startswith("classes without a pixel (")
     assert absent.endswith("% is ignored")
+
+
+def test_a_split_without_any_label_is_a_problem(broken):
+    class Unlabelled(Cached):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return replace(sample, label=np.full_like(sample.label, IGNORE))
+
+    report = check_dataset(Unlabelled(broken))
+    assert report.problems[-1].startswith("no sample has a labelled pixel: ")
+    assert not any("without a labelled pixel" in note for note in report.notes)
 
 
 def test_progress_counts_every_sample(broken):

@@ -250,6 +250,13 @@ def test_rgb_mask_read_as_index(tree):
 # Errors in folders
 
 
+def test_masks_in_a_lossy_format(tree):
+    for mask in (tree / "masks" / "train").iterdir():
+        save_image(mask.with_suffix(".jpg"))
+        mask.unlink()
+    fails(lambda: pairs(tree), "holds no mask (.png) but a.jpg, b.jpg: lossy formats change labels")
+
+
 def test_images_without_a_mask_are_found_at_once(tree):
     for k in range(7):
         save_image(tree / "images" / "train" / f"bare{k}.png")

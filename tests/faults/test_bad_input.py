@@ -180,7 +180,13 @@ BEFORE_TRAINING = {
     "predict no run": ("predict @/empty @/good/images/val -o @/out", "empty: holds no recipe.yaml"),
     # demo
     "demo key": ("demo -o @/out train.stepz=5", "unknown key train.stepz"),
-    "demo over a run": ("demo -o @/file", "file/teacher: cannot be made: Not a directory"),
+    "demo elsewhere": ("demo -o @/foreign", "foreign: holds thesis.tex; expected a new folder"),
+    "demo over a run": ("demo -o @/teacher", "teacher: holds checkpoints, metrics.jsonl"),
+    # comparisons
+    "no comparison": ("compare compare_scene", "no comparison of this name is shipped; did you mean 'compare_scenes'"),
+    "compare elsewhere": ("compare compare_scenes output=@/foreign", "foreign: holds no comparison but thesis.tex"),
+    "compare over a run": ("compare compare_scenes output=@/teacher", "teacher: holds no comparison but checkpoints"),
+    "demo below a file": ("demo -o @/file", "file/teacher: cannot be made: Not a directory"),
 }
 
 
@@ -229,7 +235,7 @@ def test_bad_files_stop_training_with_their_name_and_data_check_finds_them(world
     arguments = world.arguments(f"@/r.yaml {FOLDER}{name}")
     assert_refused(gskd("train", *arguments, f"output={tmp_path / 'run'}"), *parts)
     checked = gskd("data", "check", *arguments)
-    assert_refused(checked, "1 problems in 12 samples")
+    assert_refused(checked, "1 problem in 12 samples")
     assert all(part in checked.out for part in parts)
     assert snapshot(world.folder) == world.before
 
@@ -263,6 +269,17 @@ def test_a_split_without_labels_still_trains(world, tmp_path):
     gskd_ok("train", *arguments, f"data.root={root}", f"output={tmp_path / 'run'}")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["best"]["val"]["miou"] is None
     gskd_ok("eval", tmp_path / "run")
+    assert_refused(gskd("data", "check", *arguments, f"data.root={root}"), "1 problem in 12 samples")
+
+
+def test_data_without_any_label_stop_the_training(world, tmp_path):
+    root = tmp_path / "void"
+    shutil.copytree(world.folder / "good", root)
+    for mask in root.rglob("masks/*/*.png"):
+        Image.new("L", (32, 32), 255).save(mask)
+    arguments = world.arguments(f"@/r.yaml {FOLDER}good")
+    refused = gskd("train", *arguments, f"data.root={root}", "train.steps=30", f"output={tmp_path / 'run'}")
+    assert_refused(refused, "is a pixel labelled?")
 
 
 @pytest.mark.parametrize("victim", ["step-00000004", "student.safetensors", "metrics.jsonl", "result.json", "run.json"])

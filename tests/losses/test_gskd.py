@@ -59,6 +59,25 @@ def test_agrees_with_loops(seed, shape, group_size, policy, share, temperature):
     assert student.grad[~sample.valid].abs().sum() == 0
 
 
+def test_maps_that_would_exhaust_the_machine_are_refused_before_anything_is_allocated():
+    labels, features = torch.randint(0, 11, (8, 4, 4)), torch.randn(8, 3, 4, 4)
+    pixels = Pixels(labels, None, 11)
+    with pytest.raises(GSKDError, match=r"10000 samples_per_class x 11 classes are 110000 points; .* 7212 GiB"):
+        GSKDLoss(10_000, only_correct=False)(features, features, pixels)
+    with pytest.raises(GSKDError, match="2 classes are 20000 points"):
+        GSKDLoss(10_000, max_classes=2, only_correct=False)(features, features, pixels)
+    assert GSKDLoss(100, max_classes=2, only_correct=False)(features, features, pixels).isfinite()
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_features_that_are_no_numbers_give_no_number(broken):
+    """A finite loss with a gradient of NaN would be logged as if all were well."""
+    labels = torch.randint(0, 3, (2, 4, 4))
+    student = torch.full((2, 3, 4, 4), broken)
+    loss = GSKDLoss(4, only_correct=False)(student, torch.randn(2, 3, 4, 4), Pixels(labels, None, 3))
+    assert not loss.isfinite()
+
+
 def test_layer_is_the_function_at_sampled_points():
     """With every pixel taken and one group, nothing is random: widths and sizes differ, some pixels are ignored."""
     labels = torch.randint(0, 3, (2, 4, 5))

@@ -23,11 +23,13 @@ import torch
 
 from gskd.checkpoint import write_text
 from gskd.comparison.recipe import Comparison, Variant
-from gskd.errors import GSKDError
+from gskd.errors import GSKDError, few
 from gskd.pipeline import prepare_caches
 from gskd.progress import Progress
 from gskd.recipe import Recipe, dump_recipe
 from gskd.run import Run
+
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -227,10 +229,15 @@ def _scores(cell: Cell) -> str:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[IO[str]]:
-    """One process at a time: two would train the same run."""
+    """One process at a time: two would train the same run. The lock stays, as the mark of a comparison's folder."""
     try:
+        if folder.is_dir() and not (folder / _LOCK).exists() and (other := [f.name for f in folder.iterdir()]):
+            raise GSKDError(
+                f"output {folder}: holds no comparison but {few(sorted(other))}; expected a new or empty folder, or"
+                " that of a comparison"
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 (held while the grid runs)
+        lock = open(folder / _LOCK, "w", encoding="utf-8")  # noqa: SIM115 (held while the grid runs)
     except OSError as error:
         raise GSKDError(f"output {folder}: cannot be written: {error.strerror or error}") from None
     with lock:

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from gskd.data import IGNORE, Sample, SegmentationDataset
-from gskd.data.files import few
-from gskd.errors import GSKDError
+from gskd.errors import GSKDError, few
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class DatasetReport:
     samples: int
     """Samples in the split, readable or not."""
     problems: tuple[str, ...]
-    """One line per sample that cannot be used as it is."""
+    """One line per sample that cannot be used as it is; and one where no sample holds a labelled pixel."""
     notes: tuple[str, ...]
     """One line per oddity that does not stop training: masks without an image, samples without a labelled pixel."""
     sizes: dict[tuple[int, int], int]
@@ -109,6 +108,9 @@ def check_dataset(dataset: SegmentationDataset, on_progress: Callable[[int, int]
         if on_progress is not None:
             on_progress(index + 1, total)
 
+    if len(unlabelled) == total - len(problems) > 0:
+        problems.append(f"no sample has a labelled pixel: {few(unlabelled)}")
+        unlabelled = []
     notes = []
     unused = tuple(getattr(dataset, "unused_masks", ()))
     if unused:

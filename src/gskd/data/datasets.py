@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from gskd.data import IGNORE, Sample, SegmentationDataset
-from gskd.data.files import SHOWN, count, few, match_pairs, read_colour, read_index, read_rgb
+from gskd.data.files import match_pairs, read_colour, read_index, read_rgb
 from gskd.data.palettes import CAMVID_CLASSES, CAMVID_PALETTE
 from gskd.data.scenes import Scenes
-from gskd.errors import GSKDError, near_names
+from gskd.errors import SHOWN, GSKDError, count, few, near_names
 
 MASK_KINDS = ("index", "colour")
 CAMVID_SPLITS = ("train", "val", "test")

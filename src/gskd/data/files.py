@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from gskd.errors import GSKDError, near_names
+from gskd.errors import GSKDError, count, few, near_names
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MASK_SUFFIXES = (".png",)
-
-SHOWN = 5  # how many names, values or colours an error message lists before it only counts
 
 # What Pillow's decoders let through for damaged files, beyond OSError.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -76,6 +73,8 @@ def _missing_folder(folder: Path, what: str) -> str:
 
 def _empty_folder(folder: Path, suffixes: tuple[str, ...], what: str) -> str:
     message = f"{what} folder {folder} holds no {what} ({', '.join(suffixes)})"
+    if other := [path.name for path in list_files(folder, IMAGE_SUFFIXES)]:
+        return f"{message} but {few(other)}: lossy formats change labels, masks are read from PNG only"
     full = [p.name for p in sorted(folder.parent.iterdir()) if p.is_dir() and p != folder and list_files(p, suffixes)]
     lower = {name.lower(): name for name in full}
     own = folder.name.lower()
@@ -136,17 +135,6 @@ def read_colour(path: Path) -> np.ndarray:
 
 
 # Words for messages
-
-
-def few(names: Iterable[str]) -> str:
-    """The first of the names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
-def count(n: int, noun: str) -> str:
-    """ "1 pixel", "2 pixels"."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _one_line(error: BaseException) -> str:
