@@ -1,6 +1,7 @@
 """Two processes: the command line under torchrun, and the distiller under DistributedDataParallel."""
 
 import json
+import shutil
 import signal
 
 import psutil
@@ -23,6 +24,7 @@ from helpers import (
     spawn_two,
     steps,
     wait_until,
+    write_recipe,
 )
 
 # `accelerate launch` imports torchvision, which beside a CPU torch needs gskd's patch first.
@@ -150,6 +152,55 @@ def test_all_processes_stop_when_one_is_asked_to(two, tiny, tmp_path):
     assert (code, f"resumed at step {stopped}" in out) == (0, True), err
     assert torchrun("distill", tiny.recipe, f"output={tmp_path / 'whole'}", *long)[0] == 0
     assert_same_run(run, tmp_path / "whole")
+
+
+WITHOUT_BATCH_NORM = """
+from torch import nn
+
+def net(num_classes):
+    layers = []
+    for before, after in ((3, 16), (16, 24), (24, 24)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(4, after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(24, num_classes, 1))
+"""
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_follow_one_curve_and_go_on_from_each_other(tiny, tmp_path, monkeypatch):
+    """Same images in each step, same schedule: what is left is the order of sums. Batch norm would see half a batch."""
+    (tmp_path / "without_batch_norm.py").write_text(WITHOUT_BATCH_NORM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("GSKD_ALLOW_IMPORTS", "1")
+    long = {"steps": 50, "checkpoint_every": 20, "keep": 9, "clip": 1.0}
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        tmp_path / "one",
+        data={"dataset": "scenes", "options": {"size": [32, 48], "length": 24}},
+        model={"name": "without_batch_norm:net", "args": {}},
+        teacher={"run": str(tiny.teacher)},
+        terms={"kd": {}, "mse": {"student": "6", "weight": 0.1}, "cwd": {}},
+        train=long,
+        eval={"every": 50},
+    )
+    code, _, err = finished(spawn("distill", recipe))
+    assert code == 0, err
+    assert torchrun("distill", recipe, f"output={tmp_path / 'two'}")[0] == 0
+    for folder in ("one", "two"):
+        shutil.copytree(tmp_path / folder, tmp_path / f"from_{folder}")
+        (tmp_path / f"from_{folder}" / "result.json").unlink()
+        for step in (40, 50):
+            shutil.rmtree(tmp_path / f"from_{folder}" / "checkpoints" / f"step-{step:08d}")
+    code, out, err = torchrun("distill", recipe, f"output={tmp_path / 'from_one'}", "--resume")
+    assert (code, "resumed at step 20 of 50" in out) == (0, True), err
+    code, out, err = finished(spawn("distill", recipe, f"output={tmp_path / 'from_two'}", "--resume"))
+    assert (code, "resumed at step 20 of 50" in out) == (0, True), err
+    curves = {
+        run: [record["loss"] for record in steps(tmp_path / run)] for run in ("one", "two", "from_one", "from_two")
+    }
+    assert len(curves["one"]) == 50
+    assert curves["one"][-1] < 0.9 * curves["one"][0]
+    for run in ("two", "from_one", "from_two"):
+        assert curves[run] == pytest.approx(curves["one"], rel=1e-4), run
 
 
 # --- the distiller under DistributedDataParallel ---

@@ -358,6 +358,18 @@ def test_unreadable_samples_are_left_out_by_choice(tiny, tmp_path, monkeypatch):
     assert_same_run(run, tmp_path / "whole")
 
 
+def test_accepted_samples_are_looked_at_again(tiny, tmp_path, monkeypatch):
+    root, run = tmp_path / "data", tmp_path / "run"
+    pictures(root, ["a", "b", "c", "d"])
+    (root / "images" / "train" / "b.png").write_bytes(b"no image")
+    recipe = write_recipe(tmp_path / "r.yaml", run, data=folder_of(root))
+    kill_at(3, monkeypatch, "train", recipe, "data.unreadable=skip")
+    pictures(root, ["b", "e"])
+    (root / "images" / "train" / "c.png").write_bytes(b"no image")
+    gskd_ok("train", recipe, "data.unreadable=skip", "--resume", "--accept-changes")
+    assert json.loads((run / "run.json").read_text())["left_out"] == ["c"]
+
+
 def test_nothing_to_train_on(tiny, tmp_path):
     pictures(tmp_path / "data", ["a", "b"])
     for image in (tmp_path / "data" / "images" / "train").iterdir():

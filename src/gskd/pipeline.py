@@ -98,8 +98,9 @@ def train_model(
     train_data, val_data = splits[recipe.data.train], splits[recipe.data.val]
     left_out: list[str] = []
     if recipe.data.unreadable == Unreadable.skip:
-        # A run goes on with the samples it was begun with, whatever was put right since.
-        left_out = run.info().get("left_out", []) if resume else _unreadable(train_data, accelerator.device, progress)
+        # A run goes on with the samples it was begun with, whatever was put right since, unless others are accepted.
+        as_begun = resume and not accept_changes
+        left_out = run.info().get("left_out", []) if as_begun else _unreadable(train_data, accelerator.device, progress)
         train_data = without(train_data, left_out)
     if resume and not accept_changes:
         run.check_samples(train_data)
@@ -115,7 +116,7 @@ def train_model(
         if not resume:
             run.create(recipe, kind, train_data, taught_by, left_out)
         elif accept_changes:
-            run.accept(recipe, taught_by, train_data)
+            run.accept(recipe, taught_by, train_data, left_out)
     accelerator.wait_for_everyone()
 
     with progress, lost_process_named(), StopRequest() as stop:

@@ -192,10 +192,13 @@ class Run:
                 f"run {self.path}: was begun with other training samples: files were added, removed or renamed since"
             )
 
-    def accept(self, recipe: Recipe, teacher: TeacherRecipe | None, data: SegmentationDataset) -> None:
+    def accept(
+        self, recipe: Recipe, teacher: TeacherRecipe | None, data: SegmentationDataset, left_out: Sequence[str] = ()
+    ) -> None:
         """Makes recipe, teacher and samples of now those of the run. Its metrics keep a line that this was done."""
         changes = self._changes(recipe)
-        write_text(self.info_file, json.dumps(self.info() | _origins(teacher, data), indent=1))
+        info = self.info() | _origins(teacher, data) | {"left_out": list(left_out)}
+        write_text(self.info_file, json.dumps(info, indent=1))
         write_text(self.recipe_file, dump_recipe(recipe))
         self.add_metrics({"step": 0, "accepted": changes})
 
