@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from gskd import __version__
-from gskd.data.palettes import CAMVID_CLASSES, CAMVID_PALETTE
+from gskd.data.legend import shipped_legend
 from gskd.losses import LOSSES
 from gskd.models import build_model
 from gskd.recipe import load_recipe
@@ -30,6 +30,7 @@ from helpers import (
     write_recipe,
 )
 
+CAMVID = shipped_legend("camvid")
 SHIPPED = ["scenes", "scenes_teacher", "camvid_teacher", "camvid_student", "camvid_gskd", "cityscapes_r101_r18"]
 
 
@@ -43,9 +44,9 @@ def test_a_run_folder_holds_everything(tiny):
     assert (recipe.output, recipe.train.steps, recipe.train.momentum) == (str(tiny.distilled), STEPS, 0.9)
     assert recipe.data.test == "test"  # the override is part of it
     info = json.loads((tiny.distilled / "run.json").read_text())
-    assert (info["kind"], info["classes"]) == ("distill", list(CAMVID_CLASSES))
+    assert (info["kind"], info["classes"]) == ("distill", list(CAMVID.classes))
     assert json.loads((tiny.plain / "run.json").read_text())["kind"] == "train"
-    assert info["palette"] == CAMVID_PALETTE.tolist()
+    assert info["palette"] == CAMVID.palette.tolist()
     assert set(info["environment"]["versions"]) >= {"gskd", "torch", "timm"}
     assert [path.name for path in sorted((tiny.distilled / "checkpoints").iterdir())] == [
         "step-00000002",
@@ -67,7 +68,7 @@ def test_metrics_have_every_step_with_raw_and_weighted_terms(tiny):
         assert min(weighted) > 0
     assert all(list(record["terms"]) == ["task"] for record in steps(tiny.plain))
     assert [(record["step"], record["split"]) for record in scores(tiny.distilled)] == [(2, "val"), (4, "val")]
-    assert set(scores(tiny.distilled)[0]["iou"]) == set(CAMVID_CLASSES)
+    assert set(scores(tiny.distilled)[0]["iou"]) == set(CAMVID.classes)
 
 
 def test_the_student_file_holds_the_student_alone(tiny):
@@ -193,7 +194,7 @@ def test_eval_gives_the_run_its_own_score(tiny, tmp_path):
     result = json.loads((tiny.distilled / "result.json").read_text())
     assert score == result["best"]["val"]
     assert re.search(rf"mIoU\W+{100 * score['miou']:.2f}\b", said.out)
-    assert all(f"IoU {name}" in said.out for name in CAMVID_CLASSES)
+    assert all(f"IoU {name}" in said.out for name in CAMVID.classes)
     gskd_ok("eval", tiny.distilled, "--split", "test", "--json", tmp_path / "test.json")
     assert json.loads((tmp_path / "test.json").read_text()) == result["best"]["test"] != score
 
@@ -239,14 +240,14 @@ def test_predict_writes_pictures_of_the_images_size(tiny, tmp_path):
         assert index.dtype == np.uint8
         assert index.max() < 11
         colour = np.asarray(Image.open(out / "colour" / f"{name}.png"))
-        np.testing.assert_array_equal(colour, CAMVID_PALETTE[index])
+        np.testing.assert_array_equal(colour, CAMVID.palette[index])
         assert not np.array_equal(np.asarray(Image.open(out / "overlay" / f"{name}.png")), colour)
 
 
 def test_data_check_of_good_data(tiny):
     said = gskd_ok("data", "check", tiny.recipe, "data.test=test")
     assert all(f"{split}: 4 of 32 x 48" in said.out for split in ("train", "val", "test"))
-    assert all(name in said.out for name in CAMVID_CLASSES)
+    assert all(name in said.out for name in CAMVID.classes)
 
 
 # --- demo, help, shipped recipes, camvid ---

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from gskd.data import IGNORE, Sample
-from gskd.data.datasets import Cached, CamVid, FolderPairs, open_dataset
+from gskd.data.datasets import Cached, open_dataset
+from gskd.data.layouts import camvid, folder_pairs
+from gskd.data.pairs import Pairs
 from gskd.errors import GSKDError
 
 CLASSES = ("road", "sky", "car")
@@ -46,8 +48,8 @@ def tree(tmp_path) -> Path:
     return tmp_path
 
 
-def pairs(tree: Path, classes=CLASSES, **options) -> FolderPairs:
-    return FolderPairs(tree / "images" / "train", tree / "masks" / "train", classes, **options)
+def pairs(tree: Path, classes=CLASSES, **options) -> Pairs:
+    return folder_pairs(tree / "images" / "train", tree / "masks" / "train", classes, **options)
 
 
 def fails(call, *parts: str) -> str:
@@ -390,13 +392,13 @@ def test_open_scenes():
 def test_camvid_layout_and_void(tmp_path):
     save_image(tmp_path / "val" / "x.png")
     save_mask(tmp_path / "valannot" / "x.png", np.array([[0, 10, 11, 11]] * 3, np.uint8))
-    dataset = CamVid(tmp_path, "val")
+    dataset = camvid(tmp_path, "val")
     assert dataset[0].label[0].tolist() == [0, 10, IGNORE, IGNORE]
     assert len(dataset.classes) == len(dataset.palette) == 11
     save_mask(tmp_path / "valannot" / "x.png", np.full((3, 4), 12, np.uint8))
     fails(lambda: dataset[0], "12 in 12 pixels")
-    fails(lambda: CamVid(tmp_path, "valid"), "'valid'", "mean 'val'")
-    fails(lambda: CamVid(tmp_path, "test"), tmp_path / "test")
+    fails(lambda: camvid(tmp_path, "valid"), "'valid'", "mean 'val'")
+    fails(lambda: camvid(tmp_path, "test"), tmp_path / "test")
 
 
 @pytest.mark.parametrize(("split", "length"), [("train", 367), ("val", 101), ("test", 233)])

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from gskd.data import IGNORE
-from gskd.data.palettes import CAMVID_CLASSES, CAMVID_PALETTE
+from gskd.data.legend import shipped_legend
 from gskd.data.scenes import Scenes
 from gskd.errors import GSKDError
 
+CAMVID = shipped_legend("camvid")
 CAMVID_SHARES = (0.168, 0.233, 0.010, 0.317, 0.045, 0.097, 0.012, 0.011, 0.059, 0.006, 0.003)
 SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE = range(6)
 
@@ -62,9 +63,9 @@ def test_samples_have_the_promised_form() -> None:
     assert sample.image.dtype == sample.label.dtype == np.uint8
     assert sample.name == scenes.name(4) == "val_00004"
     assert (len(Scenes()), len(scenes), len(Scenes("test")), len(Scenes(length=7))) == (400, 80, 80, 7)
-    assert scenes.classes == CAMVID_CLASSES
-    assert scenes.palette is CAMVID_PALETTE
-    assert len({tuple(c) for c in CAMVID_PALETTE.tolist()}) == len(CAMVID_CLASSES) == 11
+    assert scenes.classes == CAMVID.classes
+    assert scenes.palette is CAMVID.palette
+    assert len({tuple(c) for c in CAMVID.palette.tolist()}) == len(CAMVID.classes) == 11
 
 
 def test_arrays_belong_to_the_caller() -> None:
@@ -89,8 +90,8 @@ def test_every_class_is_in_every_split(split: str) -> None:
 def test_shares_are_as_uneven_as_camvid(hundred: tuple[np.ndarray, np.ndarray]) -> None:
     shares = np.bincount(hundred[1].ravel(), minlength=256) / hundred[1].size
     ratio = shares[:11] / np.array(CAMVID_SHARES)
-    assert ratio.min() > 1 / 2.5, dict(zip(CAMVID_CLASSES, ratio.round(2), strict=True))
-    assert ratio.max() < 2.5, dict(zip(CAMVID_CLASSES, ratio.round(2), strict=True))
+    assert ratio.min() > 1 / 2.5, dict(zip(CAMVID.classes, ratio.round(2), strict=True))
+    assert ratio.max() < 2.5, dict(zip(CAMVID.classes, ratio.round(2), strict=True))
     assert 0.02 < shares[IGNORE] < 0.08
 
 

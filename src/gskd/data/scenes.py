@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from gskd.data import IGNORE, Sample
 from gskd.data._scene_canvas import BICYCLIST, PAVEMENT, PEDESTRIAN, POLE, ROAD, SIGN, Dice, Street
 from gskd.data._scene_layout import paint
-from gskd.data.palettes import CAMVID_CLASSES, CAMVID_PALETTE
+from gskd.data.legend import shipped_legend
 from gskd.errors import GSKDError, near_names
 
 _VERSION = 1
@@ -83,8 +83,8 @@ class Scenes:
         GSKDError: Unknown ``split``; ``length`` or ``size`` not positive; ``seed`` negative.
     """
 
-    classes: tuple[str, ...] = CAMVID_CLASSES
-    palette: np.ndarray = CAMVID_PALETTE
+    classes: tuple[str, ...] = shipped_legend("camvid").classes
+    palette: np.ndarray = shipped_legend("camvid").palette
 
     def __init__(
         self, split: str = "train", length: int | None = None, size: tuple[int, int] = (96, 128), seed: int = 0
