@@ -46,7 +46,8 @@ __all__ = [
 ]
 
 _PADDING = -1e30  # finite, so that a group of padding alone gives a uniform distribution and not NaN
-_MOST_ENTRIES = 2**27  # of the maps of a batch: about 80 bytes each while the loss is computed, 10 GiB
+_BYTES_PER_ENTRY = 45  # of a similarity map, at the peak of forward and backward as benchmarks/loss_cost.py measures it
+_MOST_ENTRIES = 2**28  # of all maps of a batch: 11 GiB
 _TIE_BITS = 16  # two columns of a row draw the same key with probability 2**-16 at most; the lower one then goes first
 
 
@@ -217,7 +218,7 @@ class GSKDLoss(nn.Module):
 
     Called as ``term(student, teacher, pixels)`` with features (B, Cs, h', w') and (B, Ct, h, w): neither widths nor
     sizes need to match. Only the sampled points are read. Work and memory grow with M^2 per image, M = N x K whatever
-    classes an image holds: about 80 bytes B M^2, 29 MiB for 4 images of 19 classes with 16 points each.
+    classes an image holds: about 45 bytes B M^2, 250 MiB for 4 images of 19 classes with 64 points each.
 
     Args:
         samples_per_class: N; 8 as published.
@@ -236,7 +237,7 @@ class GSKDLoss(nn.Module):
 
     Raises:
         GSKDError: an argument is not as above; or, when called, a shape does not match, teacher logits are missing, or
-            B M^2 is above 2^27.
+            B M^2 is above 2^28.
     """
 
     inputs: ClassVar[Literal["features", "logits"]] = "features"
@@ -359,8 +360,8 @@ class GSKDLoss(nn.Module):
         if batch * points**2 > _MOST_ENTRIES:
             raise GSKDError(
                 f"gskd: {self.samples_per_class} samples_per_class x {classes} classes are {points} points; the maps of"
-                f" {batch} images would take {80 * batch * points**2 / 2**30:.0f} GiB, expected at most"
-                f" {80 * _MOST_ENTRIES / 2**30:.0f}: lower samples_per_class, max_classes or the batch"
+                f" {batch} images would take {_BYTES_PER_ENTRY * batch * points**2 / 2**30:.0f} GiB, expected at most"
+                f" {_BYTES_PER_ENTRY * _MOST_ENTRIES / 2**30:.0f}: lower samples_per_class, max_classes or the batch"
             )
 
     def _sample(self, labels: Tensor, eligible: Tensor, num_classes: int) -> SampledPoints:
