@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from gskd import __version__
+from gskd.architectures import build_model
 from gskd.data.legend import shipped_legend
 from gskd.losses import LOSSES
-from gskd.models import build_model
 from gskd.recipe import load_recipe
 from helpers import (
     STEPS,

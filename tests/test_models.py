@@ -10,9 +10,9 @@ from safetensors.torch import safe_open
 from torch import Tensor, nn
 
 from gskd import models
+from gskd.architectures import build_model
 from gskd.errors import GSKDError
 from gskd.models import (
-    build_model,
     check_classes,
     count_parameters,
     freeze,

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from gskd.architectures import build_model, without_pretraining
 from gskd.environment import environment
 from gskd.errors import GSKDError
-from gskd.models import build_model, save_weights
+from gskd.models import save_weights
 from gskd.recipe import EvalMode, Precision, Recipe, parse_recipe
-from gskd.run import Run, inference_of, without_pretraining
+from gskd.run import Run, inference_of
 
 
 class Data:

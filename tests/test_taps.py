@@ -424,17 +424,17 @@ def test_torchvision() -> None:
     assert taps["logits[aux]"] is output["aux"]
     with torch.device("meta"):
         fcn = segmentation.fcn_resnet50(weights=None, weights_backbone=None)
-        other = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None)
-    assert auto_tap(fcn, "features") == "classifier.2"
-    with pytest.raises(GSKDError) as caught:
-        auto_tap(other, "features")
-    one_line_error(caught, "LRASPP", "layer name", "'classifier'")
+        lraspp = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None)
+    assert (auto_tap(fcn, "features"), auto_tap(lraspp, "features")) == ("classifier.2", "classifier.cbr")
 
 
 def test_timm_features() -> None:
     import timm
 
     model = timm.create_model("resnet18", features_only=True, pretrained=False)
+    with pytest.raises(GSKDError) as caught:
+        auto_tap(model, "features")
+    one_line_error(caught, "FeatureListNet", "layer name", "'layer1'")
     assert channels(model, ["logits[4]", "layer2"], IMAGES) == {"logits[4]": (2, 512, 2, 2), "layer2": (2, 128, 8, 8)}
     assert "logits[1]" not in [info.name for info in layers(model, IMAGES)]  # "logits" is its first map
 

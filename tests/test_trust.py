@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from gskd import GSKDError
+from gskd.architectures import build_model
 from gskd.conversion import convert_weights
-from gskd.models import build_model, load_weights
+from gskd.models import load_weights
 from gskd.recipe import load_recipe
 from helpers import TINY_UNET, assert_refused, gskd, gskd_ok, spawn, write_recipe
 

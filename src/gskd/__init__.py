@@ -8,6 +8,7 @@ The public API, re-exports only. In a training loop of your own::
 import gskd._torchvision  # noqa: F401 (before anyone imports torchvision, timm or smp)
 
 # isort: split
+from gskd.architectures import build_model
 from gskd.data import IGNORE, Sample, SegmentationDataset
 from gskd.distiller import Distillation, Distiller, Term, TermValue
 from gskd.errors import GSKDError
@@ -15,7 +16,7 @@ from gskd.evaluation import Inference, evaluate, predict
 from gskd.losses import LOSSES, GSKDLoss, KDLoss, MSELoss, Pixels, gskd_loss, kd_loss, mse_loss
 from gskd.losses.gskd import class_balanced_sample, structural_similarity_map, sub_image_descriptors
 from gskd.metrics import ConfusionMatrix, Score
-from gskd.models import build_model, load_weights, save_weights
+from gskd.models import load_weights, save_weights
 from gskd.outputs import logits_of
 from gskd.recipe import Recipe, load_recipe
 from gskd.taps import Taps, auto_tap

@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from gskd.architectures import without_pretraining
 from gskd.data import SegmentationDataset
 from gskd.data.loading import batches
 from gskd.data.views import FixedViews
@@ -43,7 +44,7 @@ from gskd.errors import GSKDError
 from gskd.models import normalise
 from gskd.progress import Progress
 from gskd.recipe import ModelRecipe, Recipe
-from gskd.run import augmentation_of, autocast_dtype, without_pretraining
+from gskd.run import augmentation_of, autocast_dtype
 from gskd.stops import StopRequest
 
 _FORMAT = 1

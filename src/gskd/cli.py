@@ -314,6 +314,39 @@ def cache_verify(recipe: RecipeName, overrides: Overrides = None, allow_imports:
 
 
 @app.command()
+def taps(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="smp:..., torchvision:..., transformers:..., hf:..., package.module:callable, or a recipe.",
+        ),
+    ],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Of the model (encoder_name=resnet18) or of the recipe."),
+    ] = None,
+    size: Annotated[int, typer.Option(help="Height and width of the image that is tried.")] = 256,
+    depth: Annotated[int, typer.Option(help="Deepest level of layers that is listed.")] = 2,
+    allow_imports: AllowImports = False,
+) -> None:
+    """List the layers that a term can read: names, channels, sizes, strides, and what "auto" stands for.
+
+    Weights are not loaded: nothing here depends on them. Of a recipe, its student and a teacher that it names by model.
+    """
+    from gskd.pipeline import named_models
+    from gskd.taps import describe_layers
+
+    for title, network in named_models(model, arguments or []):
+        table = Table(title=escape(f"{title}: {type(network).__name__}, image of {size} x {size}"))
+        for column in ("layer", "channels", "height x width", "stride", "auto"):
+            table.add_column(column, justify="left" if column in ("layer", "auto") else "right", no_wrap=True)
+        for row in describe_layers(network, size, depth):
+            table.add_row(*map(escape, row))
+        console.print(table)
+
+
+@app.command()
 def convert(
     weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="A .pt, .pth or .bin file of torch.save.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new .safetensors file.")],
@@ -349,7 +382,7 @@ def demo(
 @contextlib.contextmanager
 def _imports_allowed() -> Iterator[None]:
     """While a command runs, also for the processes that it starts."""
-    from gskd.models import IMPORTS_ALLOWED
+    from gskd.architectures import IMPORTS_ALLOWED
 
     before = os.environ.get(IMPORTS_ALLOWED)
     os.environ[IMPORTS_ALLOWED] = "1"

@@ -43,3 +43,8 @@ def few(names: Iterable[str]) -> str:
 def count(n: int, noun: str) -> str:
     """ "1 pixel", "2 pixels"."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def described(error: Exception) -> str:
+    """What foreign code raised, on one line and not endless."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]

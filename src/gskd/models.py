@@ -1,4 +1,4 @@
-"""Networks by name, and their weights (views -> models -> taps).
+"""Weights in and out, and what is done to any network (views -> models -> taps).
 
 A model is any ``nn.Module`` that takes images (B, 3, H, W) and whose output holds logits (B, K, h, w), see
 `gskd.outputs.logits_of`.
@@ -7,137 +7,20 @@ A model is any ``nn.Module`` that takes images (B, 3, H, W) and whose output hol
 from __future__ import annotations
 
 import contextlib
-import importlib
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gskd.errors import GSKDError, few, near_names
+from gskd.errors import GSKDError, described, few
 from gskd.outputs import logits_of
 from gskd.taps import eval_mode
-
-IMPORTS_ALLOWED = "GSKD_ALLOW_IMPORTS"
-"""The environment variable that lets recipes name code; the command line's --allow-imports sets it."""
-
-
-def require_trusted(name: str, where: str) -> None:
-    """Refuses an import path that a recipe names, unless whoever runs it has allowed that.
-
-    Args:
-        name: of the model, see `build_model`.
-        where: its place in the recipe, for the error.
-
-    Raises:
-        GSKDError: it is an import path, and ``GSKD_ALLOW_IMPORTS`` is not set.
-    """
-    if not name.startswith("smp:") and ":" in name and os.environ.get(IMPORTS_ALLOWED, "") in ("", "0"):
-        raise GSKDError(
-            f"{where}.name: {name} is Python code that would be run; if you trust it say --allow-imports, or set"
-            f" {IMPORTS_ALLOWED}=1"
-        )
-
-
-def build_model(name: str, args: Mapping[str, Any] | None = None, num_classes: int | None = None) -> nn.Module:
-    """Makes a network.
-
-    Args:
-        name: ``smp:Architecture`` (any architecture of segmentation-models-pytorch, for example ``smp:DeepLabV3Plus``)
-            or an import path ``package.module:callable`` that returns an ``nn.Module``.
-        args: arguments of the architecture or callable, for example ``{"encoder_name": "resnet34"}``. smp's own
-            defaults hold, so ``encoder_weights`` is ``"imagenet"``, which smp downloads, unless it is given as
-            ``None``.
-        num_classes: K. smp models are built with it; an import path gets it only where ``args`` does not fix the number
-            of classes and the callable has a parameter called ``num_classes``.
-
-    Raises:
-        GSKDError: unknown source, architecture, encoder, module or callable, or arguments that it refuses.
-    """
-    arguments = dict(args or {})
-    source, colon, target = name.partition(":")
-    if not colon or not source or not target:
-        raise GSKDError(f"model {name!r}: expected smp:Architecture or package.module:callable")
-    if source == "smp":
-        return _build_smp(target, arguments, num_classes)
-    import gskd._torchvision  # noqa: F401 (the module may import torchvision)
-
-    try:
-        module = importlib.import_module(source)
-    except Exception as error:  # a foreign module may raise anything while it is imported
-        raise GSKDError(f"model {name!r}: cannot import {source}: {_described(error)}") from error
-    if not hasattr(module, target):
-        known = [key for key in vars(module) if not key.startswith("_")]
-        raise GSKDError(f"model {name!r}: {source} has no {target}{near_names(target, known)}")
-    factory = getattr(module, target)
-    if num_classes is not None and "num_classes" not in arguments and _takes(factory, "num_classes"):
-        arguments["num_classes"] = num_classes
-    model = _call(name, factory, arguments)
-    if not isinstance(model, nn.Module):
-        raise GSKDError(f"model {name!r}: expected an nn.Module, {target} returned {type(model).__name__}")
-    return model
-
-
-def _build_smp(architecture: str, arguments: dict[str, Any], num_classes: int | None) -> nn.Module:
-    import gskd._torchvision  # noqa: F401 (must come before smp, which imports torchvision)
-
-    # smp is imported here since it takes seconds, which the command line's help should not.
-    import segmentation_models_pytorch as smp  # isort: skip
-
-    architectures = {model.__name__: model for model in smp.MODEL_ARCHITECTURES_MAPPING.values()}
-    if architecture not in architectures:
-        raise GSKDError(f"model 'smp:{architecture}': unknown architecture{near_names(architecture, architectures)}")
-    encoder = arguments.get("encoder_name", "resnet34")
-    encoders = _smp_encoders()
-    # timm names may end in the tag of their weights (tu-resnet18.a1_in1k), and hf-hub names are not listed anywhere.
-    if isinstance(encoder, str) and encoder.partition(".")[0] not in encoders and not encoder.startswith("tu-hf"):
-        raise GSKDError(f"model 'smp:{architecture}': unknown encoder {encoder!r}{near_names(encoder, encoders)}")
-    known = inspect.signature(architectures[architecture]).parameters
-    for argument in arguments:
-        # smp hands what it does not know to timm's encoders, and without a word drops it for its own.
-        if argument not in known and not str(encoder).startswith("tu-"):
-            raise GSKDError(f"model 'smp:{architecture}': unknown argument {argument!r}{near_names(argument, known)}")
-    if num_classes is not None:
-        if arguments.get("classes", num_classes) != num_classes:
-            raise GSKDError(
-                f"model 'smp:{architecture}': args.classes is {arguments['classes']}, the data has {num_classes}"
-            )
-        arguments["classes"] = num_classes
-    model: nn.Module = _call(f"smp:{architecture}", architectures[architecture], arguments)
-    return model
-
-
-def _smp_encoders() -> list[str]:
-    import segmentation_models_pytorch as smp
-    import timm
-
-    return [*smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
-
-
-def _takes(factory: Any, parameter: str) -> bool:
-    try:
-        return parameter in inspect.signature(factory).parameters
-    except (TypeError, ValueError):
-        return False
-
-
-def _call(name: str, factory: Any, arguments: dict[str, Any]) -> Any:
-    try:
-        return factory(**arguments)
-    except Exception as error:  # whatever a foreign constructor raises, the cause is what the recipe asked of it
-        raise GSKDError(f"model {name!r}: cannot be built with {arguments}: {_described(error)}") from error
-
-
-def _described(error: Exception) -> str:
-    """What foreign code raised, on one line and not endless."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -180,7 +63,7 @@ def check_classes(model: nn.Module, num_classes: int, name: str, size: Sequence[
     except GSKDError as error:
         raise GSKDError(f"{name}: {error}") from None
     except Exception as error:  # whatever a foreign forward raises: the model cannot be used with these images
-        raise GSKDError(f"{name}: cannot run on an image of {tuple(image.shape)}: {_described(error)}") from error
+        raise GSKDError(f"{name}: cannot run on an image of {tuple(image.shape)}: {described(error)}") from error
     if logits.shape[1] != num_classes:
         raise GSKDError(
             f"{name}: gives logits of shape {tuple(logits.shape)};"

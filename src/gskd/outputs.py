@@ -18,7 +18,9 @@ def logits_of(output: object) -> Tensor:
 
     Args:
         output: a tensor; a mapping with ``out`` (torchvision) or ``logits`` (transformers); an object with ``.logits``;
-            a tuple or list that starts with a 4-D tensor (segmentation_models_pytorch with a classification head).
+            a tuple or list that starts with a 4-D tensor (segmentation_models_pytorch with a classification head); an
+            object with ``.class_queries_logits`` and ``.masks_queries_logits`` (Mask2Former, MaskFormer, OneFormer,
+            EoMT of transformers): the logarithm of their semantic map, whose softmax is that map with sum 1.
 
     Raises:
         GSKDError: none of these, or not 4-D.
@@ -85,7 +87,9 @@ def _pick(output: object, selector: str, where: str) -> object:
 def read_logits(output: object, where: str) -> Tensor:
     """As `logits_of`; ``where`` begins the message of the error."""
     found = output
-    if isinstance(output, Mapping):
+    if getattr(output, "masks_queries_logits", None) is not None:
+        found = _semantic_map(output.class_queries_logits, output.masks_queries_logits)  # type: ignore[attr-defined]
+    elif isinstance(output, Mapping):
         found = next((output[key] for key in ("out", "logits") if key in output), None)
     elif isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor) and output[0].ndim == 4:
         found = output[0]
@@ -97,6 +101,16 @@ def read_logits(output: object, where: str) -> Tensor:
             "an object with .logits, or a sequence that starts with a 4-D tensor"
         )
     return _image_like(found, where)
+
+
+def _semantic_map(class_queries: Tensor, mask_queries: Tensor) -> Tensor:
+    """(B, Q, K + 1) and (B, Q, h, w) -> (B, K, h, w): every query's classes, where its mask is; the last is "none".
+
+    Cheng et al., "Masked-attention mask transformer for universal image segmentation", CVPR 2022, semantic inference.
+    """
+    classes, masks = class_queries.float().softmax(dim=-1)[..., :-1], mask_queries.float().sigmoid()
+    batch, _, height, width = masks.shape
+    return (classes.mT @ masks.flatten(2)).reshape(batch, -1, height, width).clamp_min(1e-6).log()
 
 
 def _image_like(tensor: Tensor, where: str) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gskd.architectures import build_model, has_own_weights, require_trusted, without_pretraining
 from gskd.cache import CacheSource, TeacherCache, fill_cache
 from gskd.checkpoint import write_text
 from gskd.data import SegmentationDataset
@@ -24,10 +25,21 @@ from gskd.errors import GSKDError, near_names
 from gskd.evaluation import evaluate
 from gskd.losses import LOSSES
 from gskd.metrics import Score
-from gskd.models import build_model, check_classes, count_parameters, load_weights, require_trusted
+from gskd.models import check_classes, count_parameters, load_weights
 from gskd.progress import Progress
-from gskd.recipe import EvalRecipe, ModelRecipe, Recipe, TeacherRecipe, TermRecipe, TrainRecipe, Unreadable, dump_recipe
-from gskd.run import Run, autocast_dtype, device_of, inference_of, without_pretraining
+from gskd.recipe import (
+    EvalRecipe,
+    ModelRecipe,
+    Recipe,
+    TeacherRecipe,
+    TermRecipe,
+    TrainRecipe,
+    Unreadable,
+    dump_recipe,
+    load_recipe,
+    set_value,
+)
+from gskd.run import Run, autocast_dtype, device_of, inference_of
 from gskd.stops import Stopped, StopRequest
 from gskd.taps import channels
 from gskd.trainer import build_accelerator, fit
@@ -320,6 +332,34 @@ def build_recipe_model(spec: ModelRecipe, data: SegmentationDataset, where: str,
     return model
 
 
+def named_models(name: str, arguments: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """A model by its name, or a recipe's student and teacher; without weights, to be looked at.
+
+    Args:
+        name: of a model, see `gskd.architectures`, or of a recipe.
+        arguments: ``key=value``, of the model or of the recipe.
+
+    Returns:
+        Titles and models.
+
+    Raises:
+        GSKDError: there is no such recipe, or it cannot be built.
+    """
+    if ":" in name and not Path(name).is_file():
+        args: dict[str, Any] = {}
+        for argument in arguments:
+            set_value(args, argument)
+        require_trusted(name, "model")
+        return [(name, build_model(name, without_pretraining(name, args)))]
+    recipe = load_recipe(name, list(arguments))
+    specs = {"student": recipe.model}
+    if recipe.teacher is not None and recipe.teacher.model is not None:
+        specs["teacher"] = recipe.teacher.model
+    for side, spec in specs.items():
+        require_trusted(spec.name, side)
+    return [(side, build_model(spec.name, without_pretraining(spec.name, spec.args))) for side, spec in specs.items()]
+
+
 def _check_weights_run(run: Run, spec: ModelRecipe, data: SegmentationDataset, where: str) -> None:
     """Weights of a run are meant for its classes and its normalisation: with others they fit and are wrong."""
     run.check_classes(data, f"{where}.weights")
@@ -333,7 +373,7 @@ def _build_teacher(
     spec: TeacherRecipe, data: SegmentationDataset, size: Sequence[int]
 ) -> tuple[nn.Module, ModelRecipe]:
     if spec.model is not None:
-        if spec.model.weights is None and spec.model.name.startswith("smp:"):
+        if spec.model.weights is None and not has_own_weights(spec.model.name, spec.model.args):
             raise GSKDError("teacher.model.weights: missing; name the trained teacher's file or run folder")
         return build_recipe_model(spec.model, data, "teacher.model", size), spec.model
     assert spec.run is not None

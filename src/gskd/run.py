@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from gskd.architectures import build_model, require_trusted, without_pretraining
 from gskd.checkpoint import write_text
 from gskd.data import SegmentationDataset
 from gskd.data.views import Augmentation
 from gskd.environment import environment
 from gskd.errors import GSKDError
 from gskd.evaluation import Inference
-from gskd.models import build_model, load_weights, read_metadata, require_trusted
+from gskd.models import load_weights, read_metadata
 from gskd.recipe import Precision, Recipe, TeacherRecipe, dump_recipe, load_recipe
 
 
@@ -250,11 +251,6 @@ class Run:
                 except (ValueError, KeyError, TypeError):
                     continue  # the line a kill cut short
             write_text(self.metrics, "".join(kept))
-
-
-def without_pretraining(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a model whose weights are about to be loaded: smp must not download an encoder's first."""
-    return {**args, "encoder_weights": None} if name.startswith("smp:") else dict(args)
 
 
 def autocast_dtype(precision: Precision) -> torch.dtype:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -23,7 +23,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from gskd.errors import GSKDError, near_names
+from gskd.errors import GSKDError, described, near_names
 from gskd.outputs import feature_map, feature_maps, logits_of, read_logits, require_floating
 
 LOGITS = "logits"
@@ -214,6 +214,42 @@ def layers(model: nn.Module, example: Tensor) -> list[LayerInfo]:
     return listed
 
 
+def describe_layers(model: nn.Module, size: int, depth: int) -> list[tuple[str, str, str, str, str]]:
+    """Rows for people: layer, channels, height x width, stride, and which losses read it by default.
+
+    Args:
+        model: any module.
+        size: height and width of the image that is tried.
+        depth: layers below this level of nesting are left out, unless a loss reads one by default.
+
+    Raises:
+        GSKDError: the model cannot take an image of this size.
+    """
+    automatic: dict[str, list[str]] = {}
+    for kind in ("features", "logits", "levels"):
+        with suppress(GSKDError):  # no automatic choice: nothing to mark
+            names = auto_tap(model, kind)
+            for name in (names,) if isinstance(names, str) else names:
+                automatic.setdefault(name, []).append(kind)
+    try:
+        listed = layers(model, torch.zeros(1, 3, size, size))
+    except Exception as error:  # whatever a foreign forward raises: the model cannot be used with this image
+        raise GSKDError(f"{type(model).__name__}: cannot run on {size} x {size} pixels: {described(error)}") from error
+    for name in list(automatic):  # encoder[-1] is listed as encoder[5]
+        layer, selectors = _parse(name, type(model).__name__)
+        if selectors and selectors[-1].startswith("-"):
+            count = sum(info.name.startswith(f"{layer}[") for info in listed)
+            automatic[f"{layer}[{count + int(selectors[-1])}]"] = automatic.pop(name)
+    rows = []
+    for info in listed:
+        if info.name.count(".") < depth or info.name in automatic:
+            height, width = info.shape[2:]
+            stride = f"{size / height:.3g}"
+            marks = ", ".join(automatic.get(info.name, ()))
+            rows.append((info.name, str(info.shape[1]), f"{height} x {width}", stride, marks))
+    return rows
+
+
 def channels(model: nn.Module, names: Sequence[str], example: Tensor) -> dict[str, tuple[int, ...]]:
     """The shapes (B, C, h, w) that taps will have, by one forward in eval mode without gradient.
 
@@ -245,14 +281,19 @@ def auto_tap(model: nn.Module, kind: Literal["features", "logits", "levels"]) ->
     In torchvision and transformers heads the features are taken before the dropout that precedes the classifier: in
     training it would be noise that no teacher has. A decoder of segmentation_models_pytorch is taken whole.
 
-    ============================================  ====================================  ==========================
-    model                                         features                              logits
-    ============================================  ====================================  ==========================
-    segmentation_models_pytorch                   ``decoder``                           ``segmentation_head.0``
-    torchvision DeepLabV3, FCN                    ``classifier.3``, ``classifier.2``    ``logits``
-    transformers SegformerForSemanticSegmentation ``decode_head.activation``            ``logits`` (already at 1/4)
-    any other                                     error: name a layer                   ``logits``
-    ============================================  ====================================  ==========================
+    ========================================  =============================================  =======================
+    model                                     features                                       logits
+    ========================================  =============================================  =======================
+    segmentation_models_pytorch               ``decoder``                                    ``segmentation_head.0``
+    torchvision DeepLabV3, FCN                ``classifier.3``, ``classifier.2``             ``logits``
+    torchvision LRASPP                        ``classifier.cbr``                             ``logits``
+    transformers SegFormer                    ``decode_head.activation``                     ``logits``
+    transformers UPerNet, BEiT, Data2Vec      ``decode_head.fpn_bottleneck``                 ``decode_head.classifier``
+    transformers DPT                          ``head.head.2``                                ``head.head.4``
+    transformers MobileViT, MobileViTV2       ``segmentation_head.aspp.project``             ``logits``
+    transformers MobileNetV2                  ``segmentation_head.conv_projection``          ``logits``
+    any other                                 error: name a layer                            ``logits``
+    ========================================  =============================================  =======================
 
     Raises:
         GSKDError: features or levels of a model that is not known here.
@@ -274,11 +315,32 @@ def auto_tap(model: nn.Module, kind: Literal["features", "logits", "levels"]) ->
 _SMP = "segmentation_models_pytorch.SegmentationModel"
 
 
+# transformers' heads by the class of the model: the last features before the dropout and the classifier, and the logits
+# before they are enlarged.
+_HEADS = {
+    "SegformerForSemanticSegmentation": ("decode_head.activation", LOGITS),
+    "UperNetForSemanticSegmentation": ("decode_head.fpn_bottleneck", "decode_head.classifier"),
+    "BeitForSemanticSegmentation": ("decode_head.fpn_bottleneck", "decode_head.classifier"),
+    "Data2VecVisionForSemanticSegmentation": ("decode_head.fpn_bottleneck", "decode_head.classifier"),
+    "DPTForSemanticSegmentation": ("head.head.2", "head.head.4"),
+    "MobileViTForSemanticSegmentation": ("segmentation_head.aspp.project", LOGITS),
+    "MobileViTV2ForSemanticSegmentation": ("segmentation_head.aspp.project", LOGITS),
+    "MobileNetV2ForSemanticSegmentation": ("segmentation_head.conv_projection", LOGITS),
+}
+
+
+def _head(root: nn.Module, family: set[str]) -> tuple[str, str] | None:
+    """Of a transformers model that is known, where its layers are called as they are here."""
+    found = next((layers for name, layers in _HEADS.items() if f"transformers.{name}" in family), None)
+    return found if found is not None and {*found, LOGITS} <= {*_named(root), LOGITS} else None
+
+
 def _auto_logits(root: nn.Module, family: set[str], children: dict[str, nn.Module]) -> str:
     head = children.get("segmentation_head")
     if _SMP in family and isinstance(head, nn.Sequential) and isinstance(next(iter(head), None), nn.Conv2d):
         return "segmentation_head.0"
-    return LOGITS
+    layers = _head(root, family)
+    return LOGITS if layers is None else layers[1]
 
 
 def _auto_levels(root: nn.Module, family: set[str], children: dict[str, nn.Module]) -> tuple[str, ...] | None:
@@ -291,14 +353,13 @@ def _auto_levels(root: nn.Module, family: set[str], children: dict[str, nn.Modul
 def _auto_features(root: nn.Module, family: set[str], children: dict[str, nn.Module]) -> str | None:
     if _SMP in family and "decoder" in children:
         return "decoder"
-    if family & {"torchvision.DeepLabV3", "torchvision.FCN"}:
-        head = "classifier"
-    elif "transformers.SegformerForSemanticSegmentation" in family:
-        head = "decode_head"
-    else:
-        return None
-    last = _before_classifier(children[head]) if head in children else None
-    return None if last is None else f"{head}.{last}"
+    if "torchvision.LRASPP" in family and "classifier.cbr" in _named(root):
+        return "classifier.cbr"
+    if family & {"torchvision.DeepLabV3", "torchvision.FCN"} and "classifier" in children:
+        last = _before_classifier(children["classifier"])
+        return None if last is None else f"classifier.{last}"
+    layers = _head(root, family)
+    return None if layers is None else layers[0]
 
 
 def _before_classifier(head: nn.Module) -> str | None:
