@@ -314,6 +314,39 @@ def cache_verify(recipe: RecipeName, overrides: Overrides = None, allow_imports:
 
 
 @app.command()
+def export(
+    run: RunFolder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new file, .onnx or .pt2 (torch.export).")],
+    size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(help="Height and width to trace with; the crop of training by default."),
+    ] = None,
+    fixed: Annotated[bool, typer.Option("--fixed", help="Fix height and width.")] = False,
+    allow_imports: AllowImports = False,
+) -> None:
+    """Write a run's best student alone, for other programs: pixels in, logits of the image's size out.
+
+    Normalisation, padding and enlarging are inside; ONNX metadata hold the classes. It is compared with the original
+    on other batches and sizes than it was traced with, and refused where the two do not agree.
+    """
+    from gskd.export import export_run
+    from gskd.run import Run
+
+    made = export_run(Run(run), output, size, fixed)
+    for check in made.checks:
+        shape = " x ".join(map(str, check.shape))
+        console.print(
+            f"{shape}: {100 * check.agreement:.3f} % of pixels agree, logits off by at most {check.error:.1e}"
+        )
+    sizes = "any height and width" if made.fixed is None else f"height {made.fixed[0]}, width {made.fixed[1]} only"
+    console.print(
+        f"{output}: {output.stat().st_size / 2**20:.1f} MiB, any batch, {sizes}", markup=False, soft_wrap=True
+    )
+    if made.note:
+        console.print(f"the size is fixed, since the network {made.note}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def taps(
     model: Annotated[
         str,
