@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -79,9 +80,9 @@ def main() -> None:
         "; ".join(f"{key} {about[key]}" for key in ("processor", "cuda", "threads", "commit", "batch", "crop", "terms"))
     )
     plain = figures["plain"]
-    print(f"{'step':26s}{'ms':>8s}{'x plain':>9s}")
+    print(f"{'step':36s}{'ms':>8s}{'x plain':>9s}")
     for name, seconds in figures.items():
-        print(f"{name:26s}{1e3 * seconds:8.1f}{seconds / plain:9.2f}")
+        print(f"{name:36s}{1e3 * seconds:8.1f}{seconds / plain:9.2f}")
     if args.json is not None:
         args.json.write_text(json.dumps({**about, "seconds": figures}, indent=1))
 
@@ -97,8 +98,17 @@ def measure(recipe: Recipe, steps: int, samples: int) -> dict[str, float]:
         return build_recipe_model(recipe.model, data, "model", recipe.augment.crop)
 
     live, teacher_model = build_distiller(recipe, student(), data)
+    unfolded, _ = build_distiller(recipe, student(), data, fold=False)
+    same = replace(recipe, teacher=recipe.teacher and replace(recipe.teacher, precision=None))
+    exact, _ = build_distiller(same, student(), data, fold=False)
     cached, _ = build_distiller(recipe, student(), data)
-    rows: dict[str, Distiller] = {"plain": Distiller(student()), "teacher at each step": live, "teacher cache": cached}
+    rows: dict[str, Distiller] = {
+        "plain": Distiller(student()),
+        "teacher in the student's precision": exact,
+        "teacher in its own precision": unfolded,
+        "and folded": live,
+        "teacher cache": cached,
+    }
     for distiller in rows.values():
         distiller.to(device, memory_format=layout)
         distiller.train()
@@ -111,7 +121,7 @@ def measure(recipe: Recipe, steps: int, samples: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in rows}
     with ExitStack() as stack:
         turns = {}
-        for (name, distiller), targets in zip(rows.items(), (None, None, cache), strict=True):
+        for (name, distiller), targets in zip(rows.items(), (*[None] * 4, cache), strict=True):
             found = stack.enter_context(loaded(recipe, data, steps, targets))
             turns[name] = turn(recipe, distiller, teacher_model, found, dtype)
         for step in range(steps + 3):

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from gskd.data import IGNORE
 from gskd.distributed import mean_over_processes, sum_over_processes
 from gskd.errors import GSKDError
+from gskd.folding import fold_batch_norm
 from gskd.losses import Pixels
 from gskd.losses._pixels import match_size, promote
 from gskd.models import freeze
@@ -180,6 +181,7 @@ class Distiller(nn.Module):
         # In a list, so that nn.Module does not see the teacher: it must not appear in parameters(), state_dict() or
         # train().
         self._teacher: list[nn.Module] = [] if teacher is None else [freeze(teacher)]
+        self._folded: list[nn.Module] = []
         self.teacher_dtype = teacher_dtype
         self._labels_checked = False
         self._silent_steps = {name: 0 for name, weight in self.weights.items() if weight != 0}
@@ -201,8 +203,24 @@ class Distiller(nn.Module):
         """The frozen teacher."""
         return self._teacher[0] if self._teacher else None
 
+    def fold_teacher(self, example: Tensor) -> int:
+        """Runs the teacher from now on with its batch normalisation folded into its convolutions, where that is exact.
+
+        See `gskd.folding.fold_batch_norm`. ``teacher`` stays what it is; a change of its weights after this call is not
+        seen.
+
+        Args:
+            example: (B, 3, H, W), normalised as the teacher wants it, to see what follows what and to compare.
+
+        Returns:
+            How many layers were folded.
+        """
+        folded, count = fold_batch_norm(self._teacher[0], example, tap_names(self.teacher_layers.values()))
+        self._folded = [folded] if count else []
+        return count
+
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Distiller:
-        for teacher in self._teacher:
+        for teacher in (*self._teacher, *self._folded):
             teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -337,7 +355,8 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def _teach(self, images: Tensor, labels: Tensor) -> tuple[Pixels, dict[str, Any]]:
         """The teacher's view of a batch: labels with its prediction, and its map or maps for each term."""
-        teacher = self._teacher[0].eval()  # each step: somebody's callback may have called train() on it
+        teacher = (self._folded or self._teacher)[0]
+        teacher.eval()  # each step: somebody's callback may have called train() on it
         kind, dtype = images.device.type, self.teacher_dtype
         enabled = torch.is_autocast_enabled(kind) if dtype is None else dtype != torch.float32
         if dtype is None or dtype == torch.float32:

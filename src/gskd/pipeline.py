@@ -269,14 +269,26 @@ def _stop_together(stop: StopRequest) -> None:
         raise Stopped("the teacher cache")
 
 
-def build_distiller(recipe: Recipe, student: nn.Module, data: SegmentationDataset) -> tuple[Distiller, ModelRecipe]:
-    """The recipe's teacher and terms around a student, and what the teacher was built from."""
+def build_distiller(
+    recipe: Recipe, student: nn.Module, data: SegmentationDataset, fold: bool = True
+) -> tuple[Distiller, ModelRecipe]:
+    """The recipe's teacher and terms around a student, and what the teacher was built from.
+
+    Args:
+        recipe: names teacher and terms.
+        student: the network around which they go.
+        data: whose classes both have.
+        fold: run the teacher with its batch normalisation folded, see `Distiller.fold_teacher`.
+    """
     assert recipe.teacher is not None
     teacher, teacher_model = _build_teacher(recipe.teacher, data, recipe.augment.crop)
     terms = _build_terms(recipe.terms, student, teacher, len(data.classes), recipe.augment.crop)
     precision = recipe.teacher.precision
     dtype = autocast_dtype(precision) if precision is not None else None
-    return Distiller(student, teacher, terms, teacher_dtype=dtype), teacher_model
+    distiller = Distiller(student, teacher, terms, teacher_dtype=dtype)
+    if fold:
+        distiller.fold_teacher(torch.randn(1, 3, *recipe.augment.crop, generator=torch.Generator().manual_seed(0)))
+    return distiller, teacher_model
 
 
 def _peak_memory() -> float | None:
