@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from gskd.assembly import build_distiller, build_recipe_model, open_split
 from gskd.cache import CacheSource, TeacherCache, fill_cache
 from gskd.data import Sample, SegmentationDataset
 from gskd.data.loading import batches, moved
@@ -30,7 +31,6 @@ from gskd.distiller import Distiller
 from gskd.environment import environment
 from gskd.models import normalise
 from gskd.optimization import build_optimizer
-from gskd.pipeline import build_distiller, build_recipe_model, open_split
 from gskd.progress import Progress
 from gskd.recipe import Recipe, load_recipe
 from gskd.run import augmentation_of, autocast_dtype, device_of

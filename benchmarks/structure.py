@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from gskd import Taps, auto_tap, class_balanced_sample, structural_similarity_map
+from gskd.assembly import open_split
 from gskd.evaluation import DIVISOR, Inference
 from gskd.losses.gskd import read_points
 from gskd.models import normalise
-from gskd.pipeline import open_split
 from gskd.run import Run, inference_of
 
 

@@ -10,7 +10,7 @@ import torch
 
 from gskd import Distiller, GSKDError, GSKDLoss, KDLoss, Term, logits_of
 from gskd.architectures import build_model, has_own_weights, require_trusted, without_pretraining
-from gskd.taps import auto_tap
+from gskd.layers import auto_tap
 from helpers import assert_refused, gskd, gskd_ok, write_recipe
 
 CLASSES = 5

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import gskd._torchvision  # noqa: F401
 from gskd.errors import GSKDError
-from gskd.taps import LayerInfo, Taps, auto_tap, channels, layers, logits_of
+from gskd.layers import LayerInfo, auto_tap, channels, layers
+from gskd.outputs import logits_of
+from gskd.taps import Taps
 
 IMAGES = torch.zeros(2, 3, 64, 64)
 

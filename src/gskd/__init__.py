@@ -13,13 +13,14 @@ from gskd.data import IGNORE, Sample, SegmentationDataset
 from gskd.distiller import Distillation, Distiller, Term, TermValue
 from gskd.errors import GSKDError
 from gskd.evaluation import Inference, evaluate, predict
+from gskd.layers import auto_tap
 from gskd.losses import LOSSES, GSKDLoss, KDLoss, MSELoss, Pixels, gskd_loss, kd_loss, mse_loss
 from gskd.losses.gskd import class_balanced_sample, structural_similarity_map, sub_image_descriptors
 from gskd.metrics import ConfusionMatrix, Score
 from gskd.models import load_weights, save_weights
 from gskd.outputs import logits_of
 from gskd.recipe import Recipe, load_recipe
-from gskd.taps import Taps, auto_tap
+from gskd.taps import Taps
 
 __version__ = "0.1.0"
 

@@ -141,9 +141,9 @@ def evaluate_run(
     """
     import json
 
+    from gskd.assembly import open_split
     from gskd.checkpoint import write_text
     from gskd.evaluation import evaluate
-    from gskd.pipeline import open_split
     from gskd.progress import Progress
     from gskd.run import Run, device_of, inference_of
 
@@ -241,8 +241,8 @@ def check_data(recipe: RecipeName, overrides: Overrides = None) -> None:
 
     Exits 2 if there is a problem, after naming all of them.
     """
+    from gskd.assembly import open_split
     from gskd.data.check import check_dataset
-    from gskd.pipeline import open_split
     from gskd.progress import Progress
     from gskd.recipe import load_recipe
 
@@ -367,8 +367,8 @@ def taps(
 
     Weights are not loaded: nothing here depends on them. Of a recipe, its student and a teacher that it names by model.
     """
-    from gskd.pipeline import named_models
-    from gskd.taps import describe_layers
+    from gskd.assembly import named_models
+    from gskd.layers import describe_layers
 
     for title, network in named_models(model, arguments or []):
         table = Table(title=escape(f"{title}: {type(network).__name__}, image of {size} x {size}"))

@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from gskd.assembly import open_split
 from gskd.data import SegmentationDataset
 from gskd.errors import GSKDError, few
 from gskd.evaluation import Inference, predict
 from gskd.models import count_parameters
 from gskd.pictures import colourise, side_by_side
-from gskd.pipeline import open_split, train_model
+from gskd.pipeline import train_model
 from gskd.progress import Progress
 from gskd.recipe import Recipe, load_recipe
 from gskd.run import Run, inference_of

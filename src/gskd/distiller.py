@@ -24,11 +24,12 @@ from gskd.data import IGNORE
 from gskd.distributed import mean_over_processes, sum_over_processes
 from gskd.errors import GSKDError
 from gskd.folding import fold_batch_norm
+from gskd.layers import auto_tap
 from gskd.losses import Pixels
 from gskd.losses._pixels import match_size, promote
 from gskd.models import freeze
 from gskd.outputs import logits_of
-from gskd.taps import Taps, auto_tap
+from gskd.taps import Taps
 
 Packed = dict[str, Tensor]
 """What a term needs of the teacher for a batch, as it is stored: tensors whose first dimension is the image."""

@@ -2,53 +2,37 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from gskd.architectures import build_model, has_own_weights, require_trusted, without_pretraining
+from gskd.assembly import build_distiller, build_recipe_model, open_split
 from gskd.cache import CacheSource, TeacherCache, fill_cache
 from gskd.checkpoint import write_text
 from gskd.data import SegmentationDataset
-from gskd.data.datasets import Cached, open_dataset
 from gskd.data.selection import find_unreadable, without
-from gskd.distiller import Distiller, Layers, Term, resolve_layers, tap_names
+from gskd.distiller import Distiller
 from gskd.distributed import lost_process_named, rank
-from gskd.errors import GSKDError, near_names
+from gskd.errors import GSKDError
 from gskd.evaluation import evaluate
-from gskd.losses import LOSSES
 from gskd.metrics import Score
-from gskd.models import check_classes, count_parameters, load_weights
+from gskd.models import count_parameters, load_weights
 from gskd.progress import Progress
 from gskd.recipe import (
     EvalRecipe,
-    ModelRecipe,
     Recipe,
-    TeacherRecipe,
-    TermRecipe,
     TrainRecipe,
     Unreadable,
     dump_recipe,
-    load_recipe,
-    set_value,
 )
 from gskd.run import Run, autocast_dtype, device_of, inference_of
 from gskd.stops import Stopped, StopRequest
-from gskd.taps import channels
 from gskd.trainer import build_accelerator, fit
-
-
-def open_split(recipe: Recipe, split: str) -> SegmentationDataset:
-    """A split of the recipe's data, decoded samples kept in memory as far as the recipe allows."""
-    data = open_dataset(recipe.data.dataset, recipe.data.root, split, recipe.data.options)
-    return Cached(data, recipe.data.cache_gib) if recipe.data.cache_gib > 0 else data
 
 
 def train_model(
@@ -269,28 +253,6 @@ def _stop_together(stop: StopRequest) -> None:
         raise Stopped("the teacher cache")
 
 
-def build_distiller(
-    recipe: Recipe, student: nn.Module, data: SegmentationDataset, fold: bool = True
-) -> tuple[Distiller, ModelRecipe]:
-    """The recipe's teacher and terms around a student, and what the teacher was built from.
-
-    Args:
-        recipe: names teacher and terms.
-        student: the network around which they go.
-        data: whose classes both have.
-        fold: run the teacher with its batch normalisation folded, see `Distiller.fold_teacher`.
-    """
-    assert recipe.teacher is not None
-    teacher, teacher_model = _build_teacher(recipe.teacher, data, recipe.augment.crop)
-    terms = _build_terms(recipe.terms, student, teacher, len(data.classes), recipe.augment.crop)
-    precision = recipe.teacher.precision
-    dtype = autocast_dtype(precision) if precision is not None else None
-    distiller = Distiller(student, teacher, terms, teacher_dtype=dtype)
-    if fold:
-        distiller.fold_teacher(torch.randn(1, 3, *recipe.augment.crop, generator=torch.Generator().manual_seed(0)))
-    return distiller, teacher_model
-
-
 def _peak_memory() -> float | None:
     """GiB at the highest: on CUDA that of training, else of this whole process; None where the system is silent."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
@@ -327,125 +289,3 @@ def _final_scores(
             progress.score(f"{which} weights on {split}", scores[which][split])
     classes = scored[recipe.data.val].classes
     return {which: {split: s.to_dict(classes) for split, s in by.items()} for which, by in scores.items()}
-
-
-def build_recipe_model(spec: ModelRecipe, data: SegmentationDataset, where: str, size: Sequence[int]) -> nn.Module:
-    """The network a recipe names, with its weights, checked to give one logit per class on images of ``size``."""
-    require_trusted(spec.name, where)
-    if spec.weights is None:
-        model = build_model(spec.name, spec.args, len(data.classes))
-    else:
-        model = build_model(spec.name, without_pretraining(spec.name, spec.args), len(data.classes))
-        weights = Run(Path(spec.weights).expanduser())
-        if weights.exists:
-            _check_weights_run(weights, spec, data, where)
-        load_weights(model, weights.student if weights.exists else weights.path)
-    check_classes(model, len(data.classes), f"{where} {spec.name!r}", size)
-    return model
-
-
-def named_models(name: str, arguments: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """A model by its name, or a recipe's student and teacher; without weights, to be looked at.
-
-    Args:
-        name: of a model, see `gskd.architectures`, or of a recipe.
-        arguments: ``key=value``, of the model or of the recipe.
-
-    Returns:
-        Titles and models.
-
-    Raises:
-        GSKDError: there is no such recipe, or it cannot be built.
-    """
-    if ":" in name and not Path(name).is_file():
-        args: dict[str, Any] = {}
-        for argument in arguments:
-            set_value(args, argument)
-        require_trusted(name, "model")
-        return [(name, build_model(name, without_pretraining(name, args)))]
-    recipe = load_recipe(name, list(arguments))
-    specs = {"student": recipe.model}
-    if recipe.teacher is not None and recipe.teacher.model is not None:
-        specs["teacher"] = recipe.teacher.model
-    for side, spec in specs.items():
-        require_trusted(spec.name, side)
-    return [(side, build_model(spec.name, without_pretraining(spec.name, spec.args))) for side, spec in specs.items()]
-
-
-def _check_weights_run(run: Run, spec: ModelRecipe, data: SegmentationDataset, where: str) -> None:
-    """Weights of a run are meant for its classes and its normalisation: with others they fit and are wrong."""
-    run.check_classes(data, f"{where}.weights")
-    made = run.load_recipe().model
-    for name, theirs, ours in (("mean", made.mean, spec.mean), ("std", made.std, spec.std)):
-        if theirs != ours:
-            raise GSKDError(f"{where}.weights {run.path}: was trained with {name} {theirs}; here it would get {ours}")
-
-
-def _build_teacher(
-    spec: TeacherRecipe, data: SegmentationDataset, size: Sequence[int]
-) -> tuple[nn.Module, ModelRecipe]:
-    if spec.model is not None:
-        if spec.model.weights is None and not has_own_weights(spec.model.name, spec.model.args):
-            raise GSKDError("teacher.model.weights: missing; name the trained teacher's file or run folder")
-        return build_recipe_model(spec.model, data, "teacher.model", size), spec.model
-    assert spec.run is not None
-    run = Run(Path(spec.run).expanduser())
-    recipe = run.load_recipe()
-    run.check_classes(data, "teacher")
-    model = run.load_model(recipe)
-    check_classes(model, len(data.classes), f"teacher {recipe.model.name!r}", size)
-    return model, recipe.model
-
-
-def check_terms(specs: dict[str, TermRecipe]) -> None:
-    """Raises `GSKDError` for a loss that does not exist or an argument that it does not take; builds nothing."""
-    for name, spec in specs.items():
-        kind = spec.loss or name
-        if kind not in LOSSES:
-            raise GSKDError(f"terms.{name}: unknown loss {kind!r}{near_names(kind, LOSSES)}")
-        known = _arguments(LOSSES[kind])
-        for argument in spec.args:
-            if argument not in known:
-                near = near_names(argument, known) if known else f"; {kind} takes none"
-                raise GSKDError(f"terms.{name}.args: no argument {argument!r}{near}")
-
-
-def _arguments(loss: type[nn.Module]) -> list[str]:
-    """What a recipe may pass to a loss; a generator has no value in YAML."""
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = inspect.signature(loss).parameters.values()
-    return [p.name for p in parameters if p.kind in named and p.name != "generator"]
-
-
-def _build_terms(
-    specs: dict[str, TermRecipe], student: nn.Module, teacher: nn.Module, num_classes: int, size: Sequence[int]
-) -> dict[str, Term]:
-    check_terms(specs)
-    loss_types = {name: LOSSES[spec.loss or name] for name, spec in specs.items()}
-    layers: dict[str, dict[str, Layers]] = {"student": {}, "teacher": {}}
-    for name, spec in specs.items():
-        for side, model, given in (("student", student, spec.student), ("teacher", teacher, spec.teacher)):
-            layers[side][name] = resolve_layers(model, given, loss_types[name])
-    # Also where no loss asks for a width: a layer that never fires is found now and not in the first step.
-    example = torch.zeros(1, 3, *size)
-    shapes = {
-        side: channels(model, tap_names(layers[side].values()), example)
-        for side, model in {"student": student, "teacher": teacher}.items()
-    }
-    terms = {}
-    for name, spec in specs.items():
-        known = _arguments(loss_types[name])
-        filled: dict[str, Any] = {"num_classes": num_classes}
-        for side in layers:
-            layer = layers[side][name]
-            if isinstance(layer, str):
-                filled[f"{side}_channels"] = shapes[side][layer][1]
-        args = {key: value for key, value in filled.items() if key in known} | spec.args
-        try:
-            loss = loss_types[name](**args)
-        except GSKDError as error:
-            raise GSKDError(f"terms.{name}.args: {error}") from None
-        except TypeError as error:
-            raise GSKDError(f"terms.{name}.args: {spec.loss or name} refuses {args}: {error}") from None
-        terms[name] = Term(loss, spec.weight, layers["student"][name], layers["teacher"][name])
-    return terms

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gskd.assembly import check_terms
 from gskd.errors import GSKDError, near_names
-from gskd.pipeline import check_terms
 from gskd.recipe import Recipe, load_tree, parse_recipe, set_value
 
 _KEYS = ("output", "base", "teacher", "recipe", "seeds", "baseline", "variants", "parallel", "equal_seconds")

@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gskd.assembly import open_split
 from gskd.checkpoint import write_text
 from gskd.comparison.grid import Cell, equal_seconds_cell, equal_steps_cell, seconds_budget
 from gskd.comparison.recipe import Comparison
 from gskd.comparison.statistics import Difference, class_iou, image_counts, mean_iou, paired_difference
 from gskd.errors import GSKDError
-from gskd.pipeline import open_split
 from gskd.progress import Progress
 from gskd.run import Run, device_of, inference_of
 
