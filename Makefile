@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PARALLEL := -n auto --dist loadfile  # a file's tests share what they train
 
-.PHONY: demo test test-all faults lint format benchmark clean
+.PHONY: demo test test-all faults lint format bench clean
 
 demo: $(INSTALLED)  ## the main job on the built-in scenes: teacher, plain student, GSKD student, table and picture
 	$(BIN)/gskd demo --output runs/demo
@@ -28,8 +28,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: $(INSTALLED)  ## time and memory of the losses
+bench: $(INSTALLED)  ## losses, input pipeline and, with CAMVID=folder TEACHER=run, whole steps
 	$(BIN)/python benchmarks/loss_cost.py
+	$(BIN)/python benchmarks/input_pipeline.py
+	test -z "$(CAMVID)" || $(BIN)/python benchmarks/step_cost.py camvid_gskd data.root=$(CAMVID) teacher.run=$(TEACHER) data.workers=1
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'gskd needs Python 3.11 or newer')"

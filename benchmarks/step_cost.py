@@ -2,9 +2,9 @@
 
     python benchmarks/step_cost.py camvid_gskd data.root=path/to/camvid teacher.run=runs/camvid_teacher [--threads 1]
 
-Each row is a whole step: loading the views, forward, backward, update. The rows take turns, so that a busy moment hits
-all alike. The cache is made for a few samples, in a temporary folder; its time is shown apart, for as many views as a
-batch has.
+Each row is a whole step: loading the views (also shown apart), forward, backward, update. The rows take turns, so that
+a busy moment hits all alike. The cache is made for a few samples, in a temporary folder; its time is shown apart, for
+as many views as a batch has.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         fixed = [f"teacher.cache={folder}", "augment.views=2"]
         recipe = load_recipe(args.recipe, [*args.overrides, *fixed])
-        figures = measure(recipe, args.steps, args.samples)
+        figures, waits = measure(recipe, args.steps, args.samples)
     about = {
         **environment(),
         "recipe": args.recipe,
@@ -80,15 +80,16 @@ def main() -> None:
         "; ".join(f"{key} {about[key]}" for key in ("processor", "cuda", "threads", "commit", "batch", "crop", "terms"))
     )
     plain = figures["plain"]
-    print(f"{'step':36s}{'ms':>8s}{'x plain':>9s}")
+    print(f"{'step':36s}{'ms':>8s}{'x plain':>9s}{'waiting for data':>18s}")
     for name, seconds in figures.items():
-        print(f"{name:36s}{1e3 * seconds:8.1f}{seconds / plain:9.2f}")
+        wait = f"{100 * waits[name] / seconds:16.1f} %" if name in waits else ""
+        print(f"{name:36s}{1e3 * seconds:8.1f}{seconds / plain:9.2f}{wait}")
     if args.json is not None:
-        args.json.write_text(json.dumps({**about, "seconds": figures}, indent=1))
+        args.json.write_text(json.dumps({**about, "seconds": figures, "waiting": waits}, indent=1))
 
 
-def measure(recipe: Recipe, steps: int, samples: int) -> dict[str, float]:
-    """Seconds by row."""
+def measure(recipe: Recipe, steps: int, samples: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds by row, and those of them in which the step waits for its images."""
     device = device_of(recipe)
     data = Few(open_split(recipe, recipe.data.train), samples)
     layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
@@ -119,6 +120,7 @@ def measure(recipe: Recipe, steps: int, samples: int) -> dict[str, float]:
     building = time.perf_counter() - begun
     dtype = autocast_dtype(recipe.train.precision)
     times: dict[str, list[float]] = {name: [] for name in rows}
+    waits: dict[str, list[float]] = {name: [] for name in rows}
     with ExitStack() as stack:
         turns = {}
         for (name, distiller), targets in zip(rows.items(), (*[None] * 4, cache), strict=True):
@@ -127,13 +129,15 @@ def measure(recipe: Recipe, steps: int, samples: int) -> dict[str, float]:
         for step in range(steps + 3):
             for name, take in turns.items():
                 start = time.perf_counter()
-                take()
+                wait = take()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 if step >= 3:
                     times[name].append(time.perf_counter() - start)
+                    waits[name].append(wait)
     figures = {name: median(found) for name, found in times.items()}
-    return {**figures, "making the cache, a batch": building / (len(data) * 2) * recipe.train.batch}
+    figures["making the cache, a batch"] = building / (len(data) * 2) * recipe.train.batch
+    return figures, {name: median(found) for name, found in waits.items()}
 
 
 def loaded(recipe: Recipe, data: SegmentationDataset, steps: int, targets: TeacherCache | None) -> Any:
@@ -144,15 +148,17 @@ def loaded(recipe: Recipe, data: SegmentationDataset, steps: int, targets: Teach
 
 def turn(
     recipe: Recipe, distiller: Distiller, teacher_model: Any, found: Iterator[Any], dtype: torch.dtype
-) -> Callable[[], None]:
-    """One training step at each call."""
+) -> Callable[[], float]:
+    """One training step at each call, which gives the seconds that its images took."""
     device = device_of(recipe)
     layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
     optimizer = build_optimizer(distiller, recipe.train)
     half = torch.bfloat16 if dtype == torch.float32 else dtype
 
-    def take() -> None:
+    def take() -> float:
+        begun = time.perf_counter()
         images, labels, *targets = moved(next(found), device)
+        waited = time.perf_counter() - begun
         inputs = [
             normalise(images, model.mean, model.std).contiguous(memory_format=layout)
             for model in (recipe.model, teacher_model)
@@ -162,6 +168,7 @@ def turn(
         result.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        return waited
 
     return take
 

@@ -154,6 +154,18 @@ def test_all_processes_stop_when_one_is_asked_to(two, tiny, tmp_path):
     assert_same_run(run, tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_two_machines_make_the_run_of_two_processes(two, tiny, tmp_path):
+    """Two launchers that meet at an address, as on two machines; each starts one process."""
+    run, meeting = tmp_path / "run", f"127.0.0.1:{free_port()}"
+    node = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={meeting}", "--rdzv_id=gskd")
+    launcher = ("-m", "torch.distributed.run", *node, "-m", "gskd.cli")
+    arguments = ("distill", tiny.recipe, f"output={run}", "data.test=test", "eval.every=100")
+    machines = [spawn(*arguments, launcher=launcher) for _ in range(2)]
+    assert [(code, err if code else "") for code, _, err in map(finished, machines)] == [(0, ""), (0, "")]
+    assert_same_run(run, two[0])
+
+
 WITHOUT_BATCH_NORM = """
 from torch import nn
 
