@@ -347,6 +347,22 @@ def export(
 
 
 @app.command()
+def init(
+    root: Annotated[Path, typer.Argument(metavar="DATA", help="A folder of images and masks, or a public dataset.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for teacher.yaml and student.yaml.")],
+) -> None:
+    """Write commented recipes of a teacher and its student for your data, after a look at it."""
+    from gskd.starter import write_recipes
+
+    found, files = write_recipes(root, output)
+    for note in found.notes:
+        console.print(f"{root}: {note}", markup=False, soft_wrap=True)
+    console.print(f"written: {', '.join(map(str, files))}; name the classes there, then", markup=False, soft_wrap=True)
+    for command in (f"data check {files[0]}", f"train {files[0]}", f"distill {files[1]}"):
+        console.print(f"  gskd {command}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def taps(
     model: Annotated[
         str,

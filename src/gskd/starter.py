@@ -1,0 +1,207 @@
+"""Two recipes for somebody's data, after a look at it: a teacher's and its student's (files -> recipes)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gskd.checkpoint import write_text
+from gskd.data import IGNORE, SegmentationDataset
+from gskd.data.datasets import open_dataset
+from gskd.data.files import list_files, read_index
+from gskd.errors import GSKDError, few
+from gskd.recipe import load_recipe
+
+LOOKED_AT = 40
+"""How many masks and images of the training split are opened."""
+
+_PUBLIC = {
+    "camvid": ("train", "trainannot"),
+    "cityscapes": ("leftImg8bit", "gtFine"),
+    "ade20k": ("images/training", "annotations/training"),
+    "coco_stuff": ("stuffthingmaps",),
+    "voc": ("JPEGImages", "ImageSets/Segmentation"),
+}
+_IMAGES = ("images", "image", "imgs", "img", "JPEGImages", "rgb")
+_MASKS = ("masks", "mask", "labels", "label", "annotations", "annotation", "gt", "SegmentationClass")
+_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was seen of a dataset."""
+
+    dataset: str
+    options: dict[str, object]
+    splits: dict[str, str]
+    """The recipe's train and val, and what they are called here."""
+    notes: tuple[str, ...]
+    """For the person, one line each."""
+
+
+def write_recipes(root: Path, output: Path) -> tuple[Found, list[Path]]:
+    """Looks at a folder of images and masks and writes ``teacher.yaml`` and ``student.yaml`` for it.
+
+    Known are the public layouts (`gskd.data.layouts`), and folders of images and of masks with the same file names in
+    either order, ``images/train`` or ``train/images``, under their usual names.
+
+    Args:
+        root: the dataset's folder.
+        output: a new folder for the two files.
+
+    Returns:
+        What was found, and the files.
+
+    Raises:
+        GSKDError: no layout is recognised, masks are of colours, or the output exists.
+    """
+    if output.exists():
+        raise GSKDError(f"init {output}: exists already; expected a new folder")
+    found = look_at(root)
+    train = open_dataset(found.dataset, str(root), found.splits["train"], found.options)
+    open_dataset(found.dataset, str(root), found.splits["val"], found.options)
+    crop, scale = _crop(train)
+    data = _data_section(root, found)
+    files = {"teacher.yaml": _TEACHER, "student.yaml": _STUDENT}
+    try:
+        output.mkdir(parents=True)
+    except OSError as error:
+        raise GSKDError(f"init {output}: cannot be made: {error.strerror or error}") from None
+    written = []
+    for name, template in files.items():
+        text = template.format(data=data, crop=crop, scale=scale, here=output.as_posix(), images=len(train))
+        write_text(output / name, text)
+        load_recipe(output / name)  # what is written can be read
+        written.append(output / name)
+    return found, written
+
+
+def look_at(root: Path) -> Found:
+    """Which dataset a folder holds.
+
+    Raises:
+        GSKDError: nothing that is known.
+    """
+    if not root.is_dir():
+        raise GSKDError(f"init {root}: is no folder")
+    for dataset, marks in _PUBLIC.items():
+        if all((root / mark).is_dir() for mark in marks):
+            return Found(dataset, {}, {"train": "train", "val": "val"}, (f"the layout of {dataset}",))
+    for images in _IMAGES:
+        for masks in _MASKS:
+            for patterns in ((f"{images}/{{}}", f"{masks}/{{}}"), (f"{{}}/{images}", f"{{}}/{masks}")):
+                splits = {
+                    split: next((n for n in names if all((root / p.format(n)).is_dir() for p in patterns)), None)
+                    for split, names in _SPLITS.items()
+                }
+                train, val = splits["train"], splits["val"]
+                if train is not None and val is not None:
+                    return _folder(root, [p.format("{split}") for p in patterns], {"train": train, "val": val})
+    inside = few(sorted(path.name for path in root.iterdir())) or "nothing"
+    raise GSKDError(
+        f"init {root}: holds {inside}; expected a public layout, or images/train, masks/train, images/val and masks/val"
+        " (or train/images and so on) with PNG masks of the images' names"
+    )
+
+
+def _folder(root: Path, patterns: list[str], splits: dict[str, str]) -> Found:
+    masks = list_files(root / patterns[1].replace("{split}", splits["train"]), (".png",))[:LOOKED_AT]
+    if not masks:
+        raise GSKDError(f"init {root}: no PNG mask in {patterns[1].replace('{split}', splits['train'])}")
+    options: dict[str, object] = {"images": patterns[0], "masks": patterns[1]}
+    csv = next((name for name in ("classes.csv",) if (root / name).is_file()), None)
+    if csv is not None:
+        return Found("folder", {"classes": csv, **options}, splits, (f"classes of {csv}",))
+    values = sorted({int(value) for mask in masks for value in np.unique(read_index(mask))})
+    classes = [value for value in values if value != IGNORE]
+    notes = [f"masks hold {few(map(str, values))}; {len(masks)} were opened"]
+    count = max(classes, default=0) + 1
+    if count > 3 * len(classes) + 10:
+        raise GSKDError(
+            f"init {root}: masks hold {few(map(str, values))}, too scattered to be class indices; write classes.csv beside"
+            " the images: a line name,value and one for each class"
+        )
+    if absent := sorted(set(range(count)) - set(classes)):
+        notes.append(f"values {few(map(str, absent))} were not seen, and are classes too")
+    names = [f"class_{value}" for value in range(max(count, 2))]
+    return Found("folder", {"classes": names, **options}, splits, tuple(notes))
+
+
+def _crop(data: SegmentationDataset) -> tuple[list[int], list[float]]:
+    """A crop of at most 512 that a deep network takes, and scales at which most of it lies inside the image."""
+    sizes = [data[index].label.shape for index in range(min(len(data), LOOKED_AT))]
+    smallest = [int(statistics.median(side)) for side in zip(*sizes, strict=True)]
+    return [max(32, min(512, side) // 32 * 32) for side in smallest], [0.5, 2.0]
+
+
+def _data_section(root: Path, found: Found) -> str:
+    lines = [f"dataset: {found.dataset}", f"root: {_quoted(str(root))}"]
+    lines += [f"{split}: {name}" for split, name in found.splits.items() if split != name]
+    if found.options:
+        lines.append("options:")
+        for key, value in found.options.items():
+            shown = (
+                f"[{', '.join(map(str, value))}]"
+                if isinstance(value, Sequence) and not isinstance(value, str)
+                else value
+            )
+            comment = "  # name them in this order, in both files" if key == "classes" and shown != value else ""
+            lines.append(f"  {key}: {_quoted(shown) if isinstance(value, str) else shown}{comment}")
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _quoted(text: object) -> str:
+    return '"' + str(text).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+_TEACHER = """# The teacher: large, trained on labels alone. Leave it out if you have one, see student.yaml.
+#   gskd train {here}/teacher.yaml
+output: {here}/teacher
+data:
+{data}
+augment:
+  crop: {crop}          # multiples of 32; larger sees more, and costs more
+  scale: {scale}
+model:
+  name: smp:DeepLabV3Plus
+  args: {{encoder_name: resnet50, encoder_weights: imagenet}}   # null: do not download, start from nothing
+train:
+  steps: 10000         # {images} training images
+  batch: 8
+  lr: 1e-3
+  # precision: bf16    # on a GPU
+eval:
+  every: 1000
+"""
+
+_STUDENT = """# The student: small, trained on labels and against the teacher.
+#   gskd distill {here}/student.yaml
+#   gskd train {here}/student.yaml output={here}/plain       the same without the teacher, to compare
+#   gskd export {here}/student -o student.onnx
+output: {here}/student
+data:
+{data}
+augment:
+  crop: {crop}
+  scale: {scale}
+model:
+  name: smp:DeepLabV3Plus
+  args: {{encoder_name: tu-mobilenetv3_small_100, encoder_weights: null, decoder_channels: 64}}
+teacher:
+  run: {here}/teacher
+  # Or one that you have, with weights made by gskd convert:
+  # model: {{name: smp:DeepLabV3Plus, args: {{encoder_name: resnet101, encoder_weights: null}}, weights: teacher.safetensors}}
+terms:
+  dist: {{weight: 1}}
+  gskd: {{weight: 10}}
+train:
+  steps: 10000
+  batch: 8
+  lr: 1e-3
+eval:
+  every: 1000
+"""

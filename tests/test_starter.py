@@ -1,0 +1,87 @@
+"""From a folder of images and masks to recipes that run."""
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from gskd.recipe import load_recipe
+from helpers import assert_refused, gskd, gskd_ok, snapshot
+
+PATTERNS = {
+    "images/train": ("images/{}", "masks/{}", "train", "val"),
+    "train/images": ("{}/images", "{}/labels", "train", "valid"),
+    "training": ("img/{}", "annotations/{}", "training", "validation"),
+}
+
+
+def folder(root, pattern="images/train", values=(0, 1, 2, 255)):
+    images, masks, *splits = PATTERNS[pattern]
+    random = np.random.default_rng(0)
+    for split in splits:
+        for kind in (images, masks):
+            (root / kind.format(split)).mkdir(parents=True)
+        for index in range(4):
+            pixels = random.integers(0, 256, (70, 100, 3), np.uint8)
+            Image.fromarray(pixels).save(root / images.format(split) / f"{index}.jpg")
+            mask = random.choice(np.array(values, np.uint8), (70, 100))
+            Image.fromarray(mask).save(root / masks.format(split) / f"{index}.png")
+    return root
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_folder_of_images_becomes_two_recipes_that_run(tmp_path, pattern):
+    root, out = folder(tmp_path / "data", pattern), tmp_path / "mine"
+    said = gskd_ok("init", root, "-o", out)
+    assert "masks hold 0, 1, 2, 255; 4 were opened" in said.out
+    recipe = load_recipe(out / "student.yaml")
+    assert recipe.data.options["classes"] == ["class_0", "class_1", "class_2"]
+    assert recipe.augment.crop == [64, 96]
+    gskd_ok("data", "check", out / "student.yaml")
+    if pattern == "images/train":
+        small = ["train.steps=2", "train.batch=2", "augment.crop=[64,64]", "train.tensorboard=false"]
+        light = "model.args={encoder_name: tu-mobilenetv3_small_050, encoder_weights: null, decoder_channels: 16}"
+        gskd_ok("train", out / "teacher.yaml", *small, light)
+        gskd_ok("distill", out / "student.yaml", *small, light)
+        assert (out / "student" / "result.json").is_file()
+
+
+def test_a_file_of_classes_is_used(tmp_path):
+    root = folder(tmp_path / "data", values=(7, 9))
+    (root / "classes.csv").write_text("name,value\nroad,7\ncar,9\n")
+    gskd_ok("init", root, "-o", tmp_path / "mine")
+    recipe = load_recipe(tmp_path / "mine" / "teacher.yaml")
+    assert recipe.data.options["classes"] == "classes.csv"
+    gskd_ok("data", "check", tmp_path / "mine" / "teacher.yaml")
+
+
+def test_a_public_layout_is_recognised(tmp_path):
+    for split in ("train", "val"):
+        for kind in (split, f"{split}annot"):
+            (tmp_path / "data" / kind).mkdir(parents=True)
+            Image.new("RGB" if kind == split else "L", (96, 64)).save(tmp_path / "data" / kind / "a.png")
+    assert "the layout of camvid" in gskd_ok("init", tmp_path / "data", "-o", tmp_path / "mine").out
+    assert yaml.safe_load((tmp_path / "mine" / "student.yaml").read_text())["data"]["dataset"] == "camvid"
+
+
+@pytest.mark.parametrize("case", ["empty", "no folder", "scattered", "colours", "exists"])
+def test_refused(tmp_path, case):
+    root, out = tmp_path / "data", tmp_path / "mine"
+    part = {
+        "empty": "holds nothing; expected a public layout, or images/train",
+        "no folder": "is no folder",
+        "scattered": "too scattered to be class indices; write classes.csv",
+        "colours": "the mask is RGB",
+        "exists": "mine: exists already",
+    }[case]
+    if case == "empty":
+        root.mkdir()
+    elif case != "no folder":
+        folder(root, values=(0, 40, 250) if case == "scattered" else (0, 1))
+    if case == "colours":
+        Image.new("RGB", (100, 70)).save(root / "masks" / "train" / "0.png")
+    if case == "exists":
+        out.mkdir()
+    before = snapshot(tmp_path)
+    assert_refused(gskd("init", root, "-o", out), part)
+    assert snapshot(tmp_path) == before
