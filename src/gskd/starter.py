@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ LOOKED_AT = 40
 _PUBLIC = {
     "camvid": ("train", "trainannot"),
     "cityscapes": ("leftImg8bit", "gtFine"),
-    "ade20k": ("images/training", "annotations/training"),
+    "ade20k": ("images/training", "annotations/training", "objectInfo150.txt"),
     "coco_stuff": ("stuffthingmaps",),
     "voc": ("JPEGImages", "ImageSets/Segmentation"),
 }
@@ -36,7 +35,7 @@ class Found:
     """What was seen of a dataset."""
 
     dataset: str
-    options: dict[str, object]
+    options: dict[str, str | list[str]]
     splits: dict[str, str]
     """The recipe's train and val, and what they are called here."""
     notes: tuple[str, ...]
@@ -89,7 +88,7 @@ def look_at(root: Path) -> Found:
     if not root.is_dir():
         raise GSKDError(f"init {root}: is no folder")
     for dataset, marks in _PUBLIC.items():
-        if all((root / mark).is_dir() for mark in marks):
+        if all((root / mark).exists() for mark in marks):
             return Found(dataset, {}, {"train": "train", "val": "val"}, (f"the layout of {dataset}",))
     for images in _IMAGES:
         for masks in _MASKS:
@@ -112,7 +111,7 @@ def _folder(root: Path, patterns: list[str], splits: dict[str, str]) -> Found:
     masks = list_files(root / patterns[1].replace("{split}", splits["train"]), (".png",))[:LOOKED_AT]
     if not masks:
         raise GSKDError(f"init {root}: no PNG mask in {patterns[1].replace('{split}', splits['train'])}")
-    options: dict[str, object] = {"images": patterns[0], "masks": patterns[1]}
+    options: dict[str, str | list[str]] = {"images": patterns[0], "masks": patterns[1]}
     csv = next((name for name in ("classes.csv",) if (root / name).is_file()), None)
     if csv is not None:
         return Found("folder", {"classes": csv, **options}, splits, (f"classes of {csv}",))
@@ -122,8 +121,8 @@ def _folder(root: Path, patterns: list[str], splits: dict[str, str]) -> Found:
     count = max(classes, default=0) + 1
     if count > 3 * len(classes) + 10:
         raise GSKDError(
-            f"init {root}: masks hold {few(map(str, values))}, too scattered to be class indices; write classes.csv beside"
-            " the images: a line name,value and one for each class"
+            f"init {root}: masks hold {few(map(str, values))}, too scattered to be class indices; write classes.csv there:"
+            " a line name,value and one for each class"
         )
     if absent := sorted(set(range(count)) - set(classes)):
         notes.append(f"values {few(map(str, absent))} were not seen, and are classes too")
@@ -144,18 +143,15 @@ def _data_section(root: Path, found: Found) -> str:
     if found.options:
         lines.append("options:")
         for key, value in found.options.items():
-            shown = (
-                f"[{', '.join(map(str, value))}]"
-                if isinstance(value, Sequence) and not isinstance(value, str)
-                else value
-            )
-            comment = "  # name them in this order, in both files" if key == "classes" and shown != value else ""
-            lines.append(f"  {key}: {_quoted(shown) if isinstance(value, str) else shown}{comment}")
+            if isinstance(value, str):
+                lines.append(f"  {key}: {_quoted(value)}")
+            else:
+                lines.append(f"  {key}: [{', '.join(value)}]  # name them in this order, in both files")
     return "\n".join(f"  {line}" for line in lines)
 
 
-def _quoted(text: object) -> str:
-    return '"' + str(text).replace("\\", "\\\\").replace('"', '\\"') + '"'
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 _TEACHER = """# The teacher: large, trained on labels alone. Leave it out if you have one, see student.yaml.
@@ -194,7 +190,10 @@ model:
 teacher:
   run: {here}/teacher
   # Or one that you have, with weights made by gskd convert:
-  # model: {{name: smp:DeepLabV3Plus, args: {{encoder_name: resnet101, encoder_weights: null}}, weights: teacher.safetensors}}
+  # model:
+  #   name: smp:DeepLabV3Plus
+  #   args: {{encoder_name: resnet101, encoder_weights: null}}
+  #   weights: teacher.safetensors
 terms:
   dist: {{weight: 1}}
   gskd: {{weight: 10}}
