@@ -70,7 +70,7 @@ def test_refused(tmp_path, case):
     part = {
         "empty": "holds nothing; expected a public layout, or images/train",
         "no folder": "is no folder",
-        "scattered": "too scattered to be class indices; write classes.csv",
+        "scattered": "too scattered to be class indices; write classes.csv there",
         "colours": "the mask is RGB",
         "exists": "mine: exists already",
     }[case]

@@ -121,8 +121,8 @@ def _folder(root: Path, patterns: list[str], splits: dict[str, str]) -> Found:
     count = max(classes, default=0) + 1
     if count > 3 * len(classes) + 10:
         raise GSKDError(
-            f"init {root}: masks hold {few(map(str, values))}, too scattered to be class indices; write classes.csv there:"
-            " a line name,value and one for each class"
+            f"init {root}: masks hold {few(map(str, values))}, too scattered to be class indices; write classes.csv"
+            " there: a line name,value and one for each class"
         )
     if absent := sorted(set(range(count)) - set(classes)):
         notes.append(f"values {few(map(str, absent))} were not seen, and are classes too")
