@@ -25,6 +25,7 @@ def exported(tiny, tmp_path_factory):
     return path, gskd_ok("export", tiny.distilled, "-o", path).out
 
 
+@pytest.mark.slow  # the exporters take their time for a real network
 def test_the_exported_student_gives_what_the_run_predicts(tiny, exported):
     path, _ = exported
     run = Run(tiny.distilled)
@@ -36,6 +37,7 @@ def test_the_exported_student_gives_what_the_run_predicts(tiny, exported):
             torch.testing.assert_close(logits, predict(model, image, inference), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_says_how_far_it_is_from_the_original_and_what_it_holds(tiny, exported):
     import onnx
 
@@ -50,12 +52,28 @@ def test_it_says_how_far_it_is_from_the_original_and_what_it_holds(tiny, exporte
     assert [file.name for file in path.parent.iterdir()] == ["student.onnx"]
 
 
+@pytest.mark.slow
 def test_a_program_of_torch_export(tiny, tmp_path):
     path = tmp_path / "student.pt2"
     assert "any height and width" in gskd_ok("export", tiny.distilled, "-o", path).out
     images = torch.randint(0, 256, (3, 3, 50, 41), dtype=torch.uint8)
     found = torch.export.load(path).module()(images)
     torch.testing.assert_close(found, deployed(Run(tiny.distilled))(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_small_network_at_sizes_that_were_not_traced(tmp_path, ending):
+    torch.manual_seed(0)
+    model = Deployed(
+        nn.Sequential(nn.Conv2d(3, 4, 3, stride=4, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 1)), MEAN, STD
+    ).eval()
+    made = export_model(model, tmp_path / f"small.{ending}", (64, 64), facts={"classes": "[]"})
+    assert (made.fixed, made.note, len(made.checks)) == (None, "", 3)
+    assert [file.name for file in tmp_path.iterdir()] == [f"small.{ending}"]
+    network = open_onnx(made.path) if ending == "onnx" else torch.export.load(made.path).module()
+    for shape in ((1, 3, 64, 64), (3, 3, 71, 133)):
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        torch.testing.assert_close(network(images), model(images), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
