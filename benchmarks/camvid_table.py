@@ -1,6 +1,6 @@
 """The CamVid table of the README, from the results.json files of ``gskd compare`` that are kept beside this script.
 
-    python benchmarks/camvid_table.py benchmarks/results/camvid_*.json
+    python benchmarks/camvid_table.py benchmarks/results/camvid.json
 
 Each file is one sitting: a teacher of its own and some seeds, all variants of a seed against the same teacher. Rows
 give every seed and the mean; differences to the baseline are paired within a sitting.
