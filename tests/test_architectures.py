@@ -192,6 +192,8 @@ def test_nobody_downloads_weights_that_others_replace():
         False, False, False, True, True
     ]  # fmt: skip
     assert has_own_weights("torchvision:x", {"weights": "DEFAULT"})
+    assert not has_own_weights("hf:x", {"pretrained": False})
+    assert not has_own_weights("hf:x", {"num_labels": 3, "ignore_mismatched_sizes": True})
 
 
 @pytest.fixture

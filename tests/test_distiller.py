@@ -276,6 +276,19 @@ def test_labels_of_another_kind_are_named(batch, wrong):
         Distiller(Net(5))(batch[0], wrong(batch[1]))
 
 
+@pytest.mark.parametrize("size", [(7, 100), (4, 12)])
+def test_labels_of_other_images_are_refused(batch, size):
+    images, _ = batch
+    with pytest.raises(GSKDError, match="are no labels of images of"):
+        Distiller(Net(5))(images, torch.zeros(len(images), *size, dtype=torch.int64))
+
+
+def test_images_that_are_not_normalised_are_refused(batch):
+    images, labels = batch
+    with pytest.raises(GSKDError, match=r"images: expected normalised floating point, got torch\.uint8"):
+        Distiller(Net(5))(images.byte(), labels)
+
+
 def test_models_with_different_classes_are_refused(batch):
     with pytest.raises(GSKDError, match="4 and 6 classes"):
         Distiller(Net(5), Net(8, classes=6), {"gskd": Term(GSKDLoss(), 1, "body", "body")})(*batch)

@@ -325,6 +325,19 @@ def test_changes_can_be_accepted(recipe, tmp_path, monkeypatch):
     assert load_recipe(run / "recipe.yaml").train.steps == 8
 
 
+def test_a_finished_run_can_be_made_longer(recipe, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = snapshot(run)
+    assert "is finished" in gskd_ok("distill", recipe, f"output={run}", "--resume", "--accept-changes").out
+    assert snapshot(run) == before
+    said = gskd_ok("distill", recipe, f"output={run}", "train.steps=8", "--resume", "--accept-changes")
+    assert f"resumed at step {STEPS} of 8" in said.out
+    assert [record["step"] for record in steps(run)] == list(range(1, 9))
+    assert load_recipe(run / "recipe.yaml").train.steps == 8
+    assert (run / "result.json").is_file()
+
+
 def test_other_training_samples_are_refused(tiny, tmp_path, monkeypatch):
     root, run = tmp_path / "data", tmp_path / "run"
     pictures(root, ["a", "b", "c", "d"])

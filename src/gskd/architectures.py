@@ -86,6 +86,8 @@ def has_own_weights(name: str, args: Mapping[str, Any]) -> bool:
     source = name.partition(":")[0]
     if source == "torchvision":
         return bool(args.get("weights"))
+    if source == "hf":  # a head of another size starts at random
+        return bool(args.get("pretrained", True)) and not args.get("ignore_mismatched_sizes")
     return source not in ("smp", "transformers")
 
 

@@ -474,7 +474,7 @@ def main(arguments: list[str] | None = None) -> Any:
         sys.exit(EXIT_STOPPED)
     except SystemExit as error:
         if error.code == 130:  # what typer makes of Ctrl-C
-            sys.stderr.write("gskd: stopped; the same command goes on, train and distill with --resume\n")
+            sys.stderr.write("gskd: stopped; train and distill go on with --resume, compare and cache by themselves\n")
         raise
 
 

@@ -249,6 +249,11 @@ class Distiller(nn.Module):
         if labels.dim() != 3 or labels.dtype != torch.int64 or len(labels) != len(images):
             found = f"{tuple(labels.shape)} {labels.dtype}"
             raise GSKDError(f"labels: expected ({len(images)}, H, W) int64, got {found}")
+        (height, width), (rows, columns) = images.shape[-2:], labels.shape[1:]
+        if abs(rows * width - columns * height) > max(height, width):  # of another size they are fitted to one another
+            raise GSKDError(f"labels: {rows} x {columns} are no labels of images of {height} x {width}")
+        if not images.is_floating_point():
+            raise GSKDError(f"images: expected normalised floating point, got {images.dtype}")
         with Taps(self.student, tap_names(self.student_layers.values())) as student_taps:
             logits = logits_of(self.student(images))
         if not self._labels_checked:

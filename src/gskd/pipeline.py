@@ -83,7 +83,8 @@ def train_model(
         run.check_free()
     progress = progress or Progress()
     progress.enabled = progress.enabled and accelerator.is_main_process
-    if resume and run.result.is_file():  # written last
+    extended = accept_changes and resume and run.changes(recipe)
+    if resume and run.result.is_file() and not extended:  # written last
         progress.say(f"{run.path}: is finished; nothing is left to do")
         return run.read_result()
     splits = {

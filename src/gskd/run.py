@@ -172,10 +172,11 @@ class Run:
 
         Where things stand, how data are loaded, how much is computed at a time and how often it reports may change.
         """
-        if differing := self._changes(recipe):
+        if differing := self.changes(recipe):
             raise GSKDError(f"run {self.path}: was begun with another recipe: " + "; ".join(differing[:3]))
 
-    def _changes(self, recipe: Recipe) -> list[str]:
+    def changes(self, recipe: Recipe) -> list[str]:
+        """What makes another run of it than the recipe it was begun with, a line for each field."""
         alone = self.info().get("kind") == "train"  # then teacher and terms were left out
         return _differences(_core(self.load_recipe(), alone), _core(recipe, alone))
 
@@ -196,12 +197,16 @@ class Run:
     def accept(
         self, recipe: Recipe, teacher: TeacherRecipe | None, data: SegmentationDataset, left_out: Sequence[str] = ()
     ) -> None:
-        """Makes recipe, teacher and samples of now those of the run. Its metrics keep a line that this was done."""
-        changes = self._changes(recipe)
+        """Makes recipe, teacher and samples of now those of the run, which is then not finished any more.
+
+        Its metrics keep a line that this was done.
+        """
+        changes = self.changes(recipe)
         info = self.info() | _origins(teacher, data) | {"left_out": list(left_out)}
         write_text(self.info_file, json.dumps(info, indent=1))
         write_text(self.recipe_file, dump_recipe(recipe))
         self.add_metrics({"step": 0, "accepted": changes})
+        self.result.unlink(missing_ok=True)
 
     def check_classes(self, data: SegmentationDataset, where: str = "run") -> None:
         """Raises `GSKDError` unless the data has the classes, in the order, that the run was trained on."""

@@ -111,7 +111,7 @@ def read_index(path: Path) -> np.ndarray:
             if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
                 raise GSKDError(
                     f"{path}: the mask is {image.mode}, expected one channel of class indices; "
-                    "for colours set mask_kind to 'colour'"
+                    "for colours set mask_kind to 'colour', in a dataset of your own (folder)"
                 )
             values = np.array(image).astype(np.uint8) if image.mode == "1" else np.array(image)
             # Pillow stretches 2 and 4-bit greyscale to 0..255. Byte 24 of a PNG is its bit depth.
