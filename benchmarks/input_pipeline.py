@@ -28,6 +28,7 @@ from torchvision.transforms import ColorJitter
 
 from gskd.data.datasets import Cached
 from gskd.data.layouts import folder_pairs
+from gskd.data.legend import make_legend
 from gskd.data.scenes import Scenes
 from gskd.data.views import Augmentation, TrainingViews
 from gskd.environment import commit, processor
@@ -49,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         images, masks = Path(folder) / "images", Path(folder) / "masks"
         write(images, masks, args.images, (args.height, args.width))
-        data = folder_pairs(images, masks, Scenes().classes)
+        data = folder_pairs(images, masks, make_legend(Scenes().classes))
         views = TrainingViews(Cached(data, gib=8), Augmentation(crop), seed=0)
         files = [(image, masks / image.name) for image in sorted(images.iterdir())]
         figures = {

@@ -17,6 +17,7 @@ from gskd import Distiller, GSKDLoss, KDLoss, MSELoss, Term
 from gskd.cache import CacheSource, _content_hash
 from gskd.data.datasets import open_dataset
 from gskd.data.layouts import folder_pairs
+from gskd.data.legend import make_legend
 from gskd.losses import Pixels, PSDLoss
 from helpers import TERMS, assert_refused, assert_same_run, gskd, gskd_ok, recipe_tree, snapshot, spawn, steps
 from test_distiller import Net
@@ -285,7 +286,7 @@ def test_the_stamp_of_files_is_of_their_bytes(tmp_path, tiny):
             Image.new("RGB" if kind == "images" else "L", (8, 8)).save(tmp_path / kind / f"{name}.png")
 
     def stamp(**options) -> str:
-        return folder_pairs(tmp_path / "images", tmp_path / "masks", ("x", "y"), **options).stamp()
+        return folder_pairs(tmp_path / "images", tmp_path / "masks", make_legend(("x", "y"), **options)).stamp()
 
     first = stamp()
     assert stamp() == first

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from gskd.errors import GSKDError, described
 from gskd.evaluation import DIVISOR
+from gskd.models import scale_and_shift
 from gskd.outputs import logits_of
 from gskd.recipe import Recipe
 from gskd.run import Run, inference_of
@@ -46,8 +47,10 @@ class Deployed(nn.Module):
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1))
-        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1))
+        # Not by `normalise`: what it keeps between calls must not be filled while a network is traced.
+        scale, shift = scale_and_shift(tuple(mean), tuple(std), torch.device("cpu"))
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("shift", shift.clone())
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 RGB -> (B, K, H, W) float32 logits."""

@@ -79,7 +79,7 @@ def fold_batch_norm(model: nn.Module, example: Tensor, taps: Sequence[str] = ())
         if ran[conv] == ran[norm] == users[conv] == 1 and conv not in read
     ]
     for conv, norm in pairs:
-        fused = fuse_conv_bn_eval(folded.get_submodule(conv), folded.get_submodule(norm))  # type: ignore
+        fused = fuse_conv_bn_eval(folded.get_submodule(conv), folded.get_submodule(norm))  # type: ignore[arg-type,type-var]
         folded.set_submodule(conv, fused)
         folded.set_submodule(norm, nn.Identity())
     if not pairs or not _agree(model, folded, example, taps):

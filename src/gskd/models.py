@@ -35,12 +35,13 @@ def freeze(model: nn.Module) -> nn.Module:
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, 3, H, W) uint8 RGB -> float32, scaled to 0..1, less ``mean``, over ``std``, channel by channel."""
-    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
+    scale, shift = scale_and_shift(tuple(mean), tuple(std), images.device)
     return torch.addcmul(shift, images.float(), scale)
 
 
 @lru_cache(maxsize=16)  # made on the host: a copy to the device at each step would wait for the step before
-def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What `normalise` multiplies uint8 pixels by and adds, (3, 1, 1) each; kept, so not to be changed by a caller."""
     scale = torch.tensor([1 / (255 * s) for s in std], device=device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
     return scale.view(-1, 1, 1), shift.view(-1, 1, 1)

@@ -23,13 +23,7 @@ from gskd.evaluation import evaluate
 from gskd.metrics import Score
 from gskd.models import count_parameters, load_weights
 from gskd.progress import Progress
-from gskd.recipe import (
-    EvalRecipe,
-    Recipe,
-    TrainRecipe,
-    Unreadable,
-    dump_recipe,
-)
+from gskd.recipe import EvalRecipe, Recipe, TrainRecipe, Unreadable, dump_recipe
 from gskd.run import Run, autocast_dtype, device_of, inference_of
 from gskd.stops import Stopped, StopRequest
 from gskd.trainer import build_accelerator, fit

@@ -112,9 +112,8 @@ def _folder(root: Path, patterns: list[str], splits: dict[str, str]) -> Found:
     if not masks:
         raise GSKDError(f"init {root}: no PNG mask in {patterns[1].replace('{split}', splits['train'])}")
     options: dict[str, str | list[str]] = {"images": patterns[0], "masks": patterns[1]}
-    csv = next((name for name in ("classes.csv",) if (root / name).is_file()), None)
-    if csv is not None:
-        return Found("folder", {"classes": csv, **options}, splits, (f"classes of {csv}",))
+    if (root / "classes.csv").is_file():
+        return Found("folder", {"classes": "classes.csv", **options}, splits, ("classes of classes.csv",))
     values = sorted({int(value) for mask in masks for value in np.unique(read_index(mask))})
     classes = [value for value in values if value != IGNORE]
     notes = [f"masks hold {few(map(str, values))}; {len(masks)} were opened"]

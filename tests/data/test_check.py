@@ -9,6 +9,7 @@ from gskd.data import IGNORE, Sample
 from gskd.data.check import check_dataset
 from gskd.data.datasets import Cached, open_dataset
 from gskd.data.layouts import folder_pairs
+from gskd.data.legend import make_legend
 
 CAMVID_TRAIN_SHARES = (0.168, 0.233, 0.010, 0.317, 0.045, 0.097, 0.012, 0.011, 0.059, 0.006, 0.003)
 
@@ -30,7 +31,7 @@ def broken(tmp_path):
     Image.fromarray(np.zeros((4, 2), np.uint8)).save(masks / "f.png")
     Image.fromarray(np.full((2, 4), 255, np.uint8)).save(masks / "g.png")
     Image.fromarray(label).save(masks / "z.png")
-    return folder_pairs(images, masks, ("road", "sky", "car"))
+    return folder_pairs(images, masks, make_legend(("road", "sky", "car")))
 
 
 def test_every_problem_is_collected_in_order(broken):

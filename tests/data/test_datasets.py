@@ -11,6 +11,7 @@ from PIL import Image
 from gskd.data import IGNORE, Sample
 from gskd.data.datasets import Cached, open_dataset
 from gskd.data.layouts import camvid, folder_pairs
+from gskd.data.legend import make_legend
 from gskd.data.pairs import Pairs
 from gskd.errors import GSKDError
 
@@ -49,7 +50,7 @@ def tree(tmp_path) -> Path:
 
 
 def pairs(tree: Path, classes=CLASSES, **options) -> Pairs:
-    return folder_pairs(tree / "images" / "train", tree / "masks" / "train", classes, **options)
+    return folder_pairs(tree / "images" / "train", tree / "masks" / "train", make_legend(classes, **options))
 
 
 def fails(call, *parts: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gskd.data import Sample, SegmentationDataset, layouts
-from gskd.data.legend import listed, read_legend
+from gskd.data.legend import listed, make_legend, read_legend
 from gskd.data.scenes import Scenes
 from gskd.errors import GSKDError, near_names
 
@@ -106,7 +106,7 @@ def _open_folder(root: Path, split: str, options: Mapping[str, Any]) -> Segmenta
             raise GSKDError(f"dataset 'folder': {', '.join(twice)}: is told by the file of classes, {classes}")
         file = _below(root, classes, "classes", "file")
         return layouts.folder_pairs(images, masks, read_legend(file, rest.get("mask_kind", "index")))
-    return layouts.folder_pairs(images, masks, classes, **rest)
+    return layouts.folder_pairs(images, masks, make_legend(classes, **rest))
 
 
 def _below(root: Path, relative: str, what: str, kind: str = "folder") -> Path:

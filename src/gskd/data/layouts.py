@@ -10,24 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from gskd.data import IGNORE
 from gskd.data.files import match_pairs
 from gskd.data.legend import Legend, make_legend, shipped_legend
 from gskd.data.pairs import Pair, Pairs
 from gskd.errors import GSKDError, count, few, near_names
 
 
-def folder_pairs(
-    images: str | Path,
-    masks: str | Path,
-    classes: Sequence[str] | Legend,
-    palette: Sequence[Sequence[int]] | np.ndarray | None = None,
-    mask_kind: str = "index",
-    ignore_values: Sequence[int] = (IGNORE,),
-    ignore_colours: Sequence[Sequence[int]] = (),
-) -> Pairs:
+def folder_pairs(images: str | Path, masks: str | Path, legend: Legend) -> Pairs:
     """A folder of images and a folder of masks, matched by file stem and sorted by it.
 
     Hidden files and subfolders are passed over.
@@ -35,17 +24,11 @@ def folder_pairs(
     Args:
         images: Folder of the images.
         masks: Folder of the masks. Masks without an image are kept in ``unused_masks`` and otherwise ignored.
-        classes: Class names, or a legend, which then says all else; the others are those of `make_legend`.
-        palette, mask_kind, ignore_values, ignore_colours: see `make_legend`.
+        legend: What the masks hold, see `make_legend` and `read_legend`.
 
     Raises:
-        GSKDError: A folder is missing or holds no image, two files share a stem, an image has no mask, or the classes
-            or the palette do not fit together.
+        GSKDError: A folder is missing or holds no image, two files share a stem, or an image has no mask.
     """
-    if isinstance(classes, Legend):
-        legend = classes
-    else:
-        legend = make_legend(classes, palette, mask_kind, ignore_values, ignore_colours)
     image_files, mask_files, unused = match_pairs(Path(images), Path(masks))
     pairs = [Pair(image.stem, image, mask) for image, mask in zip(image_files, mask_files, strict=True)]
     return Pairs(pairs, legend, unused)
