@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from gskd.assembly import build_distiller, build_recipe_model, open_split
+from gskd.assembly import build_distiller, build_recipe_model, open_split, ready_teacher
 from gskd.cache import CacheSource, TeacherCache, fill_cache
 from gskd.data import Sample, SegmentationDataset
 from gskd.data.loading import batches, moved
@@ -32,7 +32,7 @@ from gskd.environment import environment
 from gskd.models import normalise
 from gskd.optimization import build_optimizer
 from gskd.progress import Progress
-from gskd.recipe import Recipe, load_recipe
+from gskd.recipe import Recipe, TeacherPrecision, load_recipe
 from gskd.run import augmentation_of, autocast_dtype, device_of
 
 
@@ -98,22 +98,32 @@ def measure(recipe: Recipe, steps: int, samples: int) -> tuple[dict[str, float],
         torch.manual_seed(recipe.seed)
         return build_recipe_model(recipe.model, data, "model", recipe.augment.crop)
 
-    live, teacher_model = build_distiller(recipe, student(), data)
-    unfolded, _ = build_distiller(recipe, student(), data, fold=False)
-    same = replace(recipe, teacher=recipe.teacher and replace(recipe.teacher, precision=None))
-    exact, _ = build_distiller(same, student(), data, fold=False)
-    cached, _ = build_distiller(recipe, student(), data)
+    def built(precision: TeacherPrecision | None) -> Distiller:
+        named = recipe.teacher and replace(recipe.teacher, precision=precision)
+        return build_distiller(replace(recipe, teacher=named), student(), data)[0]
+
+    assert recipe.teacher is not None
+    cached, teacher_model = build_distiller(recipe, student(), data)
+    exact, unfolded = built(None), built(recipe.teacher.precision)
+    folded, probed = built(recipe.teacher.precision), built(TeacherPrecision.auto)
     rows: dict[str, Distiller] = {
         "plain": Distiller(student()),
         "teacher in the student's precision": exact,
         "teacher in its own precision": unfolded,
-        "and folded": live,
+        "and folded": folded,
+        "teacher as probed (auto)": probed,
         "teacher cache": cached,
     }
     for distiller in rows.values():
         distiller.to(device, memory_format=layout)
         distiller.train()
-    source = CacheSource(recipe, live, teacher_model, data)
+    ready_teacher(recipe, folded, teacher_model, data, recipe.train.batch)
+    automatic = replace(recipe, teacher=replace(recipe.teacher, precision=TeacherPrecision.auto))
+    for trial in ready_teacher(automatic, probed, teacher_model, data, recipe.train.batch):
+        print(f"teacher in {trial}")
+    print(f"taken: {probed.teacher_path}")
+    source = CacheSource(recipe, cached, teacher_model, data)
+    source.ready()
     begun = time.perf_counter()
     cache = TeacherCache(source)
     fill_cache(cache, source, Progress(enabled=False))
@@ -123,7 +133,7 @@ def measure(recipe: Recipe, steps: int, samples: int) -> tuple[dict[str, float],
     waits: dict[str, list[float]] = {name: [] for name in rows}
     with ExitStack() as stack:
         turns = {}
-        for (name, distiller), targets in zip(rows.items(), (*[None] * 4, cache), strict=True):
+        for (name, distiller), targets in zip(rows.items(), (*[None] * (len(rows) - 1), cache), strict=True):
             found = stack.enter_context(loaded(recipe, data, steps, targets))
             turns[name] = turn(recipe, distiller, teacher_model, found, dtype)
         for step in range(steps + 3):

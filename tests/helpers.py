@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from gskd.cli import main
+from gskd.run import Run
 
 TINY_UNET: dict[str, Any] = {
     "name": "smp:Unet",
@@ -184,3 +188,34 @@ def assert_same_run(a: Path, b: Path) -> None:
         (r["step"], r["loss"], r["terms"]) for r in steps(b)
     ]
     assert scores(a) == scores(b)
+
+
+def trained(model):
+    """Statistics and scales as training leaves them: of a new network the folding would change nothing."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+            nn.init.normal_(module.running_mean, std=0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias, std=0.5)
+    return model.eval()
+
+
+class Killed(BaseException):
+    """Passes every handler, as a kill does."""
+
+
+def kill_at(step, monkeypatch, *arguments):
+    """Ends the run as soon as a step is in the metrics, before anything that follows it is written."""
+    add = Run.add_metrics
+
+    def add_and_die(self, record):
+        add(self, record)
+        if record["step"] == step and "loss" in record:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "add_metrics", add_and_die)
+        with pytest.raises(Killed):
+            gskd(*arguments)

@@ -6,19 +6,7 @@ from torch import nn
 
 from gskd import Distiller, GSKDLoss, KDLoss, Term, build_model, logits_of
 from gskd.folding import fold_batch_norm
-
-
-def trained(model):
-    """Statistics and scales as training leaves them: of a new network the folding would change nothing."""
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
-            nn.init.normal_(module.running_mean, std=0.5)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 2)
-            nn.init.normal_(module.bias, std=0.5)
-    return model.eval()
-
+from helpers import trained
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 

@@ -12,14 +12,15 @@ from PIL import Image
 from gskd import trainer
 from gskd.metrics import ConfusionMatrix
 from gskd.recipe import load_recipe
-from gskd.run import Run
 from gskd.stops import EXIT_STOPPED
 from helpers import (
     TERMS,
+    Killed,
     assert_same_run,
     count_records,
     gskd,
     gskd_ok,
+    kill_at,
     records,
     scores,
     snapshot,
@@ -30,10 +31,6 @@ from helpers import (
 )
 
 STEPS = 6
-
-
-class Killed(BaseException):
-    """Passes every handler, as a kill does."""
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +51,6 @@ def recipe(tiny, tmp_path_factory):
 def whole(recipe):
     gskd_ok("distill", recipe)
     return recipe.parent / "whole"
-
-
-def kill_at(step, monkeypatch, *arguments):
-    """Ends the run as soon as a step is in the metrics, before anything that follows it is written."""
-    add = Run.add_metrics
-
-    def add_and_die(self, record):
-        add(self, record)
-        if record["step"] == step and "loss" in record:
-            raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Run, "add_metrics", add_and_die)
-        with pytest.raises(Killed):
-            gskd(*arguments)
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, pytest.param(5, marks=pytest.mark.slow)])

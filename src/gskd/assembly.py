@@ -13,13 +13,15 @@ from torch import nn
 from gskd.architectures import build_model, has_own_weights, require_trusted, without_pretraining
 from gskd.data import SegmentationDataset
 from gskd.data.datasets import Cached, open_dataset
+from gskd.data.views import TrainingViews
 from gskd.distiller import Distiller, Layers, Term, resolve_layers, tap_names
 from gskd.errors import GSKDError, near_names
+from gskd.fast_teacher import TeacherPath, Trial
 from gskd.layers import channels
 from gskd.losses import LOSSES
-from gskd.models import check_classes, load_weights
-from gskd.recipe import ModelRecipe, Recipe, TeacherRecipe, TermRecipe, load_recipe, set_value
-from gskd.run import Run, autocast_dtype
+from gskd.models import check_classes, load_weights, normalise
+from gskd.recipe import ModelRecipe, Recipe, TeacherPrecision, TeacherRecipe, TermRecipe, load_recipe, set_value
+from gskd.run import Run, augmentation_of, teacher_dtype
 
 
 def open_split(recipe: Recipe, split: str) -> SegmentationDataset:
@@ -28,26 +30,58 @@ def open_split(recipe: Recipe, split: str) -> SegmentationDataset:
     return Cached(data, recipe.data.cache_gib) if recipe.data.cache_gib > 0 else data
 
 
-def build_distiller(
-    recipe: Recipe, student: nn.Module, data: SegmentationDataset, fold: bool = True
-) -> tuple[Distiller, ModelRecipe]:
+def build_distiller(recipe: Recipe, student: nn.Module, data: SegmentationDataset) -> tuple[Distiller, ModelRecipe]:
     """The recipe's teacher and terms around a student, and what the teacher was built from.
 
     Args:
         recipe: names teacher and terms.
         student: the network around which they go.
         data: whose classes both have.
-        fold: run the teacher with its batch normalisation folded, see `Distiller.fold_teacher`.
     """
     assert recipe.teacher is not None
     teacher, teacher_model = _build_teacher(recipe.teacher, data, recipe.augment.crop)
     terms = _build_terms(recipe.terms, student, teacher, len(data.classes), recipe.augment.crop)
-    precision = recipe.teacher.precision
-    dtype = autocast_dtype(precision) if precision is not None else None
-    distiller = Distiller(student, teacher, terms, teacher_dtype=dtype)
-    if fold:
-        distiller.fold_teacher(torch.randn(1, 3, *recipe.augment.crop, generator=torch.Generator().manual_seed(0)))
-    return distiller, teacher_model
+    dtype = teacher_dtype(recipe) if recipe.teacher.precision is not None else None
+    return Distiller(student, teacher, terms, teacher_dtype=dtype), teacher_model
+
+
+def ready_teacher(
+    recipe: Recipe,
+    distiller: Distiller,
+    teacher_model: ModelRecipe,
+    data: SegmentationDataset,
+    batch: int,
+    path: TeacherPath | None = None,
+) -> list[Trial]:
+    """Makes the teacher as fast as the recipe allows; before it is run for many images, by all processes.
+
+    Its batch normalisation is folded where that is exact; ``teacher.precision: auto`` is `Distiller.probe_teacher`.
+
+    Args:
+        recipe: whose views the teacher will see.
+        distiller: with the teacher, where it shall run.
+        teacher_model: whose normalisation it wants.
+        data: the training split.
+        batch: images in each of its passes.
+        path: of an earlier probe, to be taken again.
+
+    Returns:
+        What was tried; nothing unless the recipe asks for it.
+    """
+    assert recipe.teacher is not None
+    assert distiller.teacher is not None
+    views = TrainingViews(data, augmentation_of(recipe), recipe.seed, recipe.augment.views)
+    images = torch.stack([views[position][0] for position in range(batch)])
+    layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+    device = next(distiller.teacher.parameters()).device
+    inputs = normalise(images.to(device), teacher_model.mean, teacher_model.std).contiguous(memory_format=layout)
+    if path is not None:
+        distiller.take_path(path, inputs)
+    elif recipe.teacher.precision == TeacherPrecision.auto:
+        return distiller.probe_teacher(inputs)
+    else:
+        distiller.fold_teacher(inputs[:1])
+    return []
 
 
 def build_recipe_model(spec: ModelRecipe, data: SegmentationDataset, where: str, size: Sequence[int]) -> nn.Module:

@@ -36,6 +36,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from gskd.architectures import without_pretraining
+from gskd.assembly import ready_teacher
 from gskd.data import SegmentationDataset
 from gskd.data.loading import batches
 from gskd.data.views import FixedViews
@@ -44,7 +45,7 @@ from gskd.errors import GSKDError
 from gskd.models import normalise
 from gskd.progress import Progress
 from gskd.recipe import ModelRecipe, Recipe
-from gskd.run import augmentation_of, autocast_dtype
+from gskd.run import augmentation_of, teacher_dtype
 from gskd.stops import StopRequest
 
 _FORMAT = 1
@@ -188,10 +189,20 @@ class CacheSource:
     data: SegmentationDataset
     """The training split."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the teacher runs."""
+        assert self.distiller.teacher is not None
+        return next(self.distiller.teacher.parameters()).device
+
     def views(self) -> FixedViews:
         """All views that are cached."""
         assert self.recipe.augment.views is not None
         return FixedViews(self.data, augmentation_of(self.recipe), self.recipe.augment.views)
+
+    def ready(self) -> None:
+        """Makes the teacher as fast as the recipe allows, before it is run."""
+        ready_teacher(self.recipe, self.distiller, self.teacher_model, self.data, _VIEWS_PER_PASS)
 
     def targets(self, images: Tensor, labels: Tensor, first: int) -> dict[str, Packed]:
         """The targets of views in a row, as they are stored, by term.
@@ -201,13 +212,10 @@ class CacheSource:
             labels: (B, h, w) int64.
             first: number of the first view; what is random in a term's target depends on it alone.
         """
-        recipe, model, teacher = self.recipe, self.teacher_model, self.distiller.teacher
-        assert teacher is not None
-        assert recipe.teacher is not None
-        device = next(teacher.parameters()).device
+        recipe, model, device = self.recipe, self.teacher_model, self.device
         layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
         normal = normalise(images.to(device), model.mean, model.std).contiguous(memory_format=layout)
-        dtype = autocast_dtype(recipe.teacher.precision or recipe.train.precision)
+        dtype = teacher_dtype(recipe)
         half = torch.bfloat16 if dtype == torch.float32 else dtype
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.autocast(device.type, half, enabled=dtype == half):
@@ -338,6 +346,7 @@ def verify_cache(cache: TeacherCache, source: CacheSource) -> Iterator[tuple[str
     A deviation is the largest difference of a tensor over its largest value; 0 on the machine that made the cache. On
     another kind of device GSKD's points are other draws.
     """
+    source.ready()  # as it was when the cache was made
     store = next(iter(cache.stores.values()))
     views = source.views()
     shards = sorted(store.shards())

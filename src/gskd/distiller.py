@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from gskd.data import IGNORE
 from gskd.distributed import mean_over_processes, sum_over_processes
 from gskd.errors import GSKDError
+from gskd.fast_teacher import TeacherPath, Trial, autocast_of, best_path, try_paths
 from gskd.folding import fold_batch_norm
 from gskd.layers import auto_tap
 from gskd.losses import Pixels
@@ -184,6 +186,8 @@ class Distiller(nn.Module):
         self._teacher: list[nn.Module] = [] if teacher is None else [freeze(teacher)]
         self._folded: list[nn.Module] = []
         self.teacher_dtype = teacher_dtype
+        self.teacher_path: TeacherPath | None = None
+        self._teacher_layout: torch.memory_format | None = None
         self._labels_checked = False
         self._silent_steps = {name: 0 for name, weight in self.weights.items() if weight != 0}
         if task_loss is not None:
@@ -219,6 +223,35 @@ class Distiller(nn.Module):
         folded, count = fold_batch_norm(self._teacher[0], example, tap_names(self.teacher_layers.values()))
         self._folded = [folded] if count else []
         return count
+
+    def probe_teacher(self, images: Tensor, dtypes: Sequence[torch.dtype] | None = None) -> list[Trial]:
+        """Tries how the teacher runs fastest on this machine, and runs it so from now on; a few seconds.
+
+        Half precision, folded batch normalisation and the channels_last layout are tried together. What counts is only
+        what keeps the plain teacher's classes and similarities, see `gskd.fast_teacher`, so that it is never slower nor
+        noticeably another teacher.
+
+        Args:
+            images: (B, 3, H, W) float32 on the teacher's device, normalised as it wants them, as many and as large as
+                in training.
+            dtypes: of autocast, beside float32; by default what the device has.
+
+        Returns:
+            What was tried and what came of it; ``teacher_path`` is the one that is now taken, by all processes the
+            first one's.
+        """
+        trials = try_paths(self._teacher[0], images, tap_names(self.teacher_layers.values()), dtypes)
+        self.take_path(best_path(trials).agreed(images.device), images)
+        return trials
+
+    def take_path(self, path: TeacherPath, images: Tensor) -> None:
+        """Runs the teacher from now on as an earlier `probe_teacher` found best; ``images`` as there."""
+        self._folded = []
+        if path.folded:
+            self.fold_teacher(images)
+        self.teacher_path, self.teacher_dtype = path, path.dtype
+        self._teacher_layout = torch.channels_last if path.channels_last else torch.contiguous_format
+        (self._folded or self._teacher)[0].to(memory_format=self._teacher_layout)  # type: ignore[call-overload]
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Distiller:
         for teacher in (*self._teacher, *self._folded):
@@ -363,12 +396,11 @@ class Distiller(nn.Module):
         """The teacher's view of a batch: labels with its prediction, and its map or maps for each term."""
         teacher = (self._folded or self._teacher)[0]
         teacher.eval()  # each step: somebody's callback may have called train() on it
-        kind, dtype = images.device.type, self.teacher_dtype
-        enabled = torch.is_autocast_enabled(kind) if dtype is None else dtype != torch.float32
-        if dtype is None or dtype == torch.float32:
-            dtype = torch.get_autocast_dtype(kind)
+        if self._teacher_layout is not None:
+            images = images.contiguous(memory_format=self._teacher_layout)
+        dtype = self.teacher_dtype
         with (
-            torch.autocast(kind, dtype=dtype, enabled=enabled),
+            nullcontext() if dtype is None else autocast_of(images.device, dtype),
             Taps(teacher, tap_names(self.teacher_layers.values())) as taps,
         ):
             logits = logits_of(teacher(images))

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from gskd.assembly import build_distiller, build_recipe_model, open_split
+from gskd.assembly import build_distiller, build_recipe_model, open_split, ready_teacher
 from gskd.cache import CacheSource, TeacherCache, fill_cache
 from gskd.checkpoint import write_text
 from gskd.data import SegmentationDataset
 from gskd.data.selection import find_unreadable, without
 from gskd.distiller import Distiller
-from gskd.distributed import lost_process_named, rank
+from gskd.distributed import lost_process_named, rank, sum_over_processes, world_size
 from gskd.errors import GSKDError
 from gskd.evaluation import evaluate
 from gskd.metrics import Score
 from gskd.models import count_parameters, load_weights
 from gskd.progress import Progress
-from gskd.recipe import EvalRecipe, Recipe, TrainRecipe, Unreadable, dump_recipe
-from gskd.run import Run, autocast_dtype, device_of, inference_of
+from gskd.recipe import EvalRecipe, ModelRecipe, Recipe, TrainRecipe, Unreadable, dump_recipe
+from gskd.run import Run, device_of, inference_of, teacher_dtype
 from gskd.stops import Stopped, StopRequest
 from gskd.trainer import build_accelerator, fit
 
@@ -122,7 +122,7 @@ def train_model(
             spec = replace(recipe, model=teacher_model)
             inference = inference_of(spec)
             if recipe.teacher.precision is not None and recipe.eval.precision is None:
-                inference = replace(inference, dtype=autocast_dtype(recipe.teacher.precision))
+                inference = replace(inference, dtype=teacher_dtype(recipe))
             layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
             teacher.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]
             counter = progress.counter(f"scoring the teacher on {recipe.data.val}")
@@ -132,6 +132,8 @@ def train_model(
             cache = None
             if teacher_model is not None and recipe.teacher is not None and recipe.teacher.cache is not None:
                 cache = _whole_cache(CacheSource(recipe, distiller, teacher_model, train_data), progress, stop)
+            elif teacher_model is not None:
+                _ready_for_steps(recipe, distiller, teacher_model, train_data, run, progress)
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()  # of scoring the teacher
             last, seconds = fit(
@@ -155,6 +157,25 @@ def train_model(
         write_text(run.result, json.dumps(result, indent=1))
     accelerator.end_training()  # at the very end: it takes the processes apart
     return result
+
+
+def _ready_for_steps(
+    recipe: Recipe,
+    distiller: Distiller,
+    teacher_model: ModelRecipe,
+    data: SegmentationDataset,
+    run: Run,
+    progress: Progress,
+) -> None:
+    """The teacher made fast for the steps of a run; a run that goes on takes the path that it was begun with."""
+    images = recipe.train.batch // world_size() // recipe.train.accumulate
+    begun = run.teacher_path()
+    for trial in ready_teacher(recipe, distiller, teacher_model, data, images, begun):
+        progress.say(f"teacher in {trial}")
+    if distiller.teacher_path is not None:
+        progress.say(f"the teacher runs in {distiller.teacher_path}")
+        if rank() == 0 and begun is None:
+            run.keep_teacher_path(distiller.teacher_path)
 
 
 def _unreadable(data: SegmentationDataset, device: torch.device, progress: Progress) -> list[str]:
@@ -236,6 +257,10 @@ def _whole_cache(source: CacheSource, progress: Progress, stop: StopRequest) -> 
         for line in cache.tidy(stop):
             progress.say(line)
     _stop_together(stop)
+    if sum_over_processes(torch.tensor(len(cache.missing()), device=source.device)):
+        source.ready()
+        if source.distiller.teacher_path is not None:
+            progress.say(f"the teacher runs in {source.distiller.teacher_path}")
     fill_cache(cache, source, progress, stop)
     _stop_together(stop)
     cache.require_whole()

@@ -28,6 +28,7 @@ from gskd.schema import (
     Precision,
     Recipe,
     ScheduleName,
+    TeacherPrecision,
     TeacherRecipe,
     TermRecipe,
     TrainRecipe,
@@ -44,6 +45,7 @@ __all__ = [
     "Precision",
     "Recipe",
     "ScheduleName",
+    "TeacherPrecision",
     "TeacherRecipe",
     "TermRecipe",
     "TrainRecipe",
@@ -288,7 +290,7 @@ def _fits(schema: type, key: str, annotation: str, value: Any) -> bool:
 
 
 def _wanted(annotation: str) -> str:
-    for enum in (Precision, OptimizerName, ScheduleName, EvalMode, Unreadable):
+    for enum in (TeacherPrecision, Precision, OptimizerName, ScheduleName, EvalMode, Unreadable):
         if enum.__name__ in annotation:
             return f"one of {', '.join(enum)}" + (" or null" if "None" in annotation else "")
     kind, _, optional = annotation.partition(" | ")

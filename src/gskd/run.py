@@ -33,8 +33,9 @@ from gskd.data.views import Augmentation
 from gskd.environment import environment
 from gskd.errors import GSKDError
 from gskd.evaluation import Inference
+from gskd.fast_teacher import TeacherPath
 from gskd.models import load_weights, read_metadata
-from gskd.recipe import Precision, Recipe, TeacherRecipe, dump_recipe, load_recipe
+from gskd.recipe import Precision, Recipe, TeacherPrecision, TeacherRecipe, dump_recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -203,10 +204,20 @@ class Run:
         """
         changes = self.changes(recipe)
         info = self.info() | _origins(teacher, data) | {"left_out": list(left_out)}
+        info.pop("teacher_path", None)
         write_text(self.info_file, json.dumps(info, indent=1))
         write_text(self.recipe_file, dump_recipe(recipe))
         self.add_metrics({"step": 0, "accepted": changes})
         self.result.unlink(missing_ok=True)
+
+    def teacher_path(self) -> TeacherPath | None:
+        """How the teacher ran in this run, where that was probed."""
+        kept = self.info().get("teacher_path")
+        return kept and TeacherPath.from_json(kept)
+
+    def keep_teacher_path(self, path: TeacherPath) -> None:
+        """Remembers what was probed: a resumed run must compute the same."""
+        write_text(self.info_file, json.dumps(self.info() | {"teacher_path": path.to_json()}, indent=1))
 
     def check_classes(self, data: SegmentationDataset, where: str = "run") -> None:
         """Raises `GSKDError` unless the data has the classes, in the order, that the run was trained on."""
@@ -261,6 +272,15 @@ class Run:
 def autocast_dtype(precision: Precision) -> torch.dtype:
     """The dtype of autocast; float32 stands for none."""
     return {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}[precision]
+
+
+def teacher_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype of autocast around the teacher, where nothing was probed."""
+    assert recipe.teacher is not None
+    named = recipe.teacher.precision
+    if named is None or named == TeacherPrecision.auto:
+        return autocast_dtype(recipe.train.precision)
+    return autocast_dtype(Precision(named.value))
 
 
 def inference_of(recipe: Recipe) -> Inference:

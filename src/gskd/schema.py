@@ -15,6 +15,15 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class TeacherPrecision(StrEnum):
+    """Arithmetic of the teacher's forward pass."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    auto = "auto"
+
+
 class OptimizerName(StrEnum):
     """Optimisers of torch.optim."""
 
@@ -104,8 +113,9 @@ class TeacherRecipe:
     """A run folder of this library; names the model and the weights at once."""
     model: ModelRecipe | None = None
     """Instead of `run`: any model. Weights should be named, else the teacher is random."""
-    precision: Precision | None = None
-    """Arithmetic of the teacher's forward pass; by default that of training."""
+    precision: TeacherPrecision | None = None
+    """Arithmetic of the teacher's forward pass; by default that of training. `auto` tries before the first step which
+    precision and layout is fastest here and still gives the plain teacher's classes and similarities."""
     cache: str | None = None
     """A folder. What the terms need of the teacher is written there once for every fixed view (`augment.views`), and
     read by this and every later run instead of running the teacher. See `gskd.cache`."""
