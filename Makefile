@@ -32,6 +32,7 @@ bench: $(INSTALLED)  ## losses, input pipeline and, with CAMVID=folder TEACHER=r
 	$(BIN)/python benchmarks/loss_cost.py
 	$(BIN)/python benchmarks/input_pipeline.py
 	test -z "$(CAMVID)" || $(BIN)/python benchmarks/step_cost.py camvid_gskd data.root=$(CAMVID) teacher.run=$(TEACHER) data.workers=1
+	test -z "$(CAMVID)" || $(BIN)/python benchmarks/scaling.py camvid_gskd data.root=$(CAMVID) teacher.run=$(TEACHER)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'gskd needs Python 3.11 or newer')"

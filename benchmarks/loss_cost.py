@@ -39,6 +39,7 @@ from gskd.losses import (
     Pixels,
     PSDLoss,
     SKDLoss,
+    TopKDLoss,
 )
 
 
@@ -113,6 +114,7 @@ def main() -> None:
     early = [maps[:, : maps.shape[1] // 2] for maps in features]
     terms: dict[str, tuple[nn.Module, Any, Any]] = {
         "kd": (KDLoss(), *logits),
+        "kd_top": (TopKDLoss(), *logits),
         "gskd": (GSKDLoss(args.samples_per_class), *features),
         "gskd, projector": (GSKDLoss(args.samples_per_class, projector=True, **widths), *features),
         "mse": (MSELoss(**widths), *features),

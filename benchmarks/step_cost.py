@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each row; default 20")
     parser.add_argument("--samples", type=int, default=32, help="of the training split; default 32")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         fixed = [f"teacher.cache={folder}", "augment.views=2"]

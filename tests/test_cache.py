@@ -18,7 +18,7 @@ from gskd.cache import CacheSource, _content_hash
 from gskd.data.datasets import open_dataset
 from gskd.data.layouts import folder_pairs
 from gskd.data.legend import make_legend
-from gskd.losses import Pixels, PSDLoss
+from gskd.losses import Pixels, PSDLoss, TopKDLoss
 from helpers import TERMS, assert_refused, assert_same_run, gskd, gskd_ok, recipe_tree, snapshot, spawn, steps
 from test_distiller import Net
 
@@ -81,6 +81,7 @@ def test_a_distiller_gives_the_same_from_stored_targets_without_its_teacher():
     images, labels = torch.randn(2, 3, 16, 24), torch.randint(0, 4, (2, 16, 24))
     terms = {
         "kd": Term(KDLoss(), 1, "logits", "logits"),
+        "top": Term(TopKDLoss(2), 1, "logits", "logits"),
         "mse": Term(MSELoss(student_channels=5, teacher_channels=8), 2, "body", "body"),
         "psd": Term(PSDLoss(), 3, ("body.0", "body"), ("body.0", "body")),
         "gskd": Term(GSKDLoss(samples_per_class=3), 10, "body", "body"),

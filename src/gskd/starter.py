@@ -168,7 +168,7 @@ train:
   steps: 10000         # {images} training images
   batch: 8
   lr: 1e-3
-  # precision: bf16    # on a GPU
+  # precision: auto    # tries bf16 and others, takes the fastest that gives the same
 eval:
   every: 1000
 """

@@ -20,6 +20,27 @@ def kd(student, teacher, labels, temperature=1.0, ignore=255):
     return temperature**2 * total / max(count, 1)
 
 
+def kd_top(student, teacher, labels, top, temperature=1.0, ignore=255):
+    """The classes by name, then everything else as one."""
+    total, count = 0.0, 0
+    batch, classes, height, width = student.shape
+    for b in range(batch):
+        for y in range(height):
+            for x in range(width):
+                if labels[b, y, x] == ignore:
+                    continue
+                p = torch.softmax(teacher[b, :, y, x].double() / temperature, 0).tolist()
+                q = torch.softmax(student[b, :, y, x].double() / temperature, 0).tolist()
+                named = sorted(range(classes), key=lambda k: -p[k])[:top]
+                rest = [k for k in range(classes) if k not in named]
+                events = [[k] for k in named] + ([rest] if rest else [])
+                for event in events:
+                    mine, theirs = math.fsum(p[k] for k in event), math.fsum(q[k] for k in event)
+                    total += mine * math.log(mine / theirs)
+                count += 1
+    return temperature**2 * total / max(count, 1)
+
+
 def mse(student, teacher, labels, normalise=False, ignore=255):
     values = []
     batch, _, height, width = student.shape

@@ -27,10 +27,12 @@ from gskd.losses.relations import (
     pairwise_loss,
     psd_loss,
 )
+from gskd.losses.top_classes import TopKDLoss, top_kd_loss
 
 LOSSES: dict[str, type[nn.Module]] = {
     "gskd": GSKDLoss,
     "kd": KDLoss,
+    "kd_top": TopKDLoss,
     "mse": MSELoss,
     "at": ATLoss,
     "skd": SKDLoss,
@@ -69,6 +71,7 @@ __all__ = [
     "PSDLoss",
     "Pixels",
     "SKDLoss",
+    "TopKDLoss",
     "at_loss",
     "attnfd_loss",
     "bpkd_loss",
@@ -84,4 +87,5 @@ __all__ = [
     "omni_contrast",
     "pairwise_loss",
     "psd_loss",
+    "top_kd_loss",
 ]
