@@ -12,15 +12,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from gskd import Taps, auto_tap, class_balanced_sample, structural_similarity_map
+from gskd import auto_tap
 from gskd.assembly import open_split
-from gskd.evaluation import DIVISOR, Inference
-from gskd.losses.gskd import read_points
-from gskd.models import normalise
 from gskd.run import Run, inference_of
+from gskd.structure import StructureReader, label_tensor, sample_points, similarity_map, structure_error
 
 
 def main() -> None:
@@ -34,45 +32,27 @@ def main() -> None:
     runs = [Run(Path(text)) for text in options.runs if "=" not in text]
     recipes = [run.load_recipe(overrides) for run in runs]
     data = open_split(recipes[0], options.split)
-    models = [run.load_model() for run in runs]
-    taps = [Taps(model, [auto_tap(model, "features")]) for model in models]
-    totals = [torch.zeros(3, dtype=torch.float64) for _ in runs]
-    images = range(min(options.images, len(data)))
-    for index in images:
+    readers = []
+    for run, recipe in zip(runs, recipes, strict=True):
+        model = run.load_model()
+        readers.append(StructureReader(model, str(auto_tap(model, "features")), inference_of(recipe)))
+    found: list[list[tuple[float, float, float]]] = [[] for _ in runs]
+    for index in range(min(options.images, len(data))):
         sample = data[index]
-        labels = torch.from_numpy(sample.label).long()[None]
-        points = class_balanced_sample(
-            labels, len(data.classes), options.samples_per_class, generator=torch.Generator().manual_seed(index)
-        )
-        pixels = torch.from_numpy(sample.image).permute(2, 0, 1)[None]
-        maps = []
-        for model, tap, recipe in zip(models, taps, recipes, strict=True):
-            with torch.no_grad(), tap:
-                model(prepared(pixels, inference_of(recipe)))
-            features = next(tap[name] for name in tap.names)
-            size = (labels.shape[1], labels.shape[2])
-            maps.append(structural_similarity_map(read_points(features, points.index, size), points.valid)[0])
-        valid, label = points.valid[0], points.label[0]
-        pairs = valid[:, None] & valid[None, :] & ~torch.eye(len(valid), dtype=torch.bool)
-        same = pairs & (label[:, None] == label[None, :])
-        for total, one in zip(totals, maps, strict=True):
-            error = (one - maps[0]).abs()
-            contrast = one[same].mean() - one[pairs & ~same].mean()
-            total += torch.stack([error[same].mean(), error[pairs & ~same].mean(), contrast]).double()
+        image = torch.from_numpy(sample.image).permute(2, 0, 1)
+        label = label_tensor(torch.from_numpy(sample.label), len(data.classes))
+        points = sample_points(label, len(data.classes), options.samples_per_class, seed=index)
+        maps = [similarity_map(reader.features(image, points)[0]) for reader in readers]
+        same = points.label[:, None] == points.label[None, :]
+        pairs = ~torch.eye(len(same), dtype=torch.bool)
+        for rows, one in zip(found, maps, strict=True):
+            contrast = one[same & pairs].mean() - one[~same].mean()
+            rows.append((*structure_error(one, maps[0], points.label), contrast.item()))
     print(f"{'run':48s} {'one class':>10s} {'two':>10s} {'contrast':>10s} {'mIoU':>7s}")
-    for run, total in zip(runs, totals, strict=True):
-        within, across, contrast = (total / len(images)).tolist()
+    for run, rows in zip(runs, found, strict=True):
+        within, across, contrast = np.nanmean(rows, axis=0)
         miou = run.read_result()["best"][options.split]["miou"] if run.result.is_file() else float("nan")
         print(f"{str(run.path)[-48:]:48s} {within:10.4f} {across:10.4f} {contrast:10.4f} {100 * miou:7.2f}")
-
-
-def prepared(pixels: Tensor, inference: Inference) -> Tensor:
-    """As evaluation gives it to the network: scaled, normalised, padded to the network's stride."""
-    images = normalise(pixels, inference.mean, inference.std)
-    size = [round(side * inference.scales[0]) for side in images.shape[-2:]]
-    images = torch.nn.functional.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-    height, width = images.shape[-2:]
-    return torch.nn.functional.pad(images, (0, -width % DIVISOR, 0, -height % DIVISOR))
 
 
 if __name__ == "__main__":

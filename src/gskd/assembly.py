@@ -39,7 +39,7 @@ def build_distiller(recipe: Recipe, student: nn.Module, data: SegmentationDatase
         data: whose classes both have.
     """
     assert recipe.teacher is not None
-    teacher, teacher_model = _build_teacher(recipe.teacher, data, recipe.augment.crop)
+    teacher, teacher_model = build_teacher(recipe.teacher, data, recipe.augment.crop)
     terms = _build_terms(recipe.terms, student, teacher, len(data.classes), recipe.augment.crop)
     dtype = teacher_dtype(recipe) if recipe.teacher.precision is not None else None
     return Distiller(student, teacher, terms, teacher_dtype=dtype), teacher_model
@@ -136,9 +136,8 @@ def _check_weights_run(run: Run, spec: ModelRecipe, data: SegmentationDataset, w
             raise GSKDError(f"{where}.weights {run.path}: was trained with {name} {theirs}; here it would get {ours}")
 
 
-def _build_teacher(
-    spec: TeacherRecipe, data: SegmentationDataset, size: Sequence[int]
-) -> tuple[nn.Module, ModelRecipe]:
+def build_teacher(spec: TeacherRecipe, data: SegmentationDataset, size: Sequence[int]) -> tuple[nn.Module, ModelRecipe]:
+    """The teacher that a recipe names, with its weights, and what it was built from."""
     if spec.model is not None:
         if spec.model.weights is None and not has_own_weights(spec.model.name, spec.model.args):
             raise GSKDError("teacher.model.weights: missing; name the trained teacher's file or run folder")

@@ -193,6 +193,42 @@ def predict_run(
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Finished run folders, or the one folder of a comparison; and KEY=VALUE of their recipes, for example"
+            " data.root=data/camvid.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new file.")] = Path("report.html"),
+    images: Annotated[int, typer.Option(min=1, max=50, help="Pictures of the val split.")] = 6,
+    explored: Annotated[int, typer.Option(min=0, max=20, help="Of these, how many with similarity maps.")] = 3,
+    allow_imports: AllowImports = False,
+) -> None:
+    """Write one HTML page about runs: scores, costs, curves, pictures, and the structure that teacher and students see.
+
+    It needs no network and no other file. Beside runs of gskd distill name one of gskd train: differences are to it.
+    """
+    from gskd.progress import Progress
+    from gskd.report import gather, write_page
+
+    if output.exists():
+        raise GSKDError(f"output {output}: exists already; expected a new file")
+    if not output.parent.is_dir():
+        raise GSKDError(f"output {output}: {output.parent} is no folder; expected one that exists")
+    overrides = [run for run in runs if "=" in run and not Path(run).exists()]
+    folders = [Path(run) for run in runs if run not in overrides]
+    if not folders:
+        raise GSKDError("report: names no run folder")
+    with Progress(console) as progress:
+        found = gather(folders, overrides, images, explored, progress.say)
+        write_page(found, output)
+    console.print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB", markup=False, soft_wrap=True)
+
+
+@app.command()
 def compare(
     comparison: Annotated[
         str,

@@ -21,6 +21,7 @@ from gskd.pictures import colourise, side_by_side
 from gskd.pipeline import train_model
 from gskd.progress import Progress
 from gskd.recipe import Recipe, load_recipe
+from gskd.report import gather, write_page
 from gskd.run import Run, inference_of
 
 TITLES = {"teacher": "teacher", "plain": "plain student", "gskd": "GSKD student"}
@@ -30,7 +31,8 @@ def run_demo(output: Path, console: Console, overrides: tuple[str, ...] = ()) ->
     """Trains the three models of the built-in demonstration and compares them.
 
     Args:
-        output: folder for the three run folders and ``demo.png``. What is finished there is not done again.
+        output: folder for the three run folders, ``demo.png`` and ``report.html``. Runs that are finished there are not
+            done again.
         console: where the progress and the table go.
         overrides: ``key=value`` changes of all three recipes, for example ``train.steps=20``.
 
@@ -40,8 +42,8 @@ def run_demo(output: Path, console: Console, overrides: tuple[str, ...] = ()) ->
     Returns:
         The results of the three runs by ``"teacher"``, ``"plain"`` and ``"gskd"``.
     """
-    picture = output / "demo.png"
-    own = {*TITLES, picture.name}
+    picture, page = output / "demo.png", output / "report.html"
+    own = {*TITLES, picture.name, page.name}
     if output.is_dir() and (other := sorted(file.name for file in output.iterdir() if file.name not in own)):
         raise GSKDError(f"output {output}: holds {few(other)}; expected a new folder, or one of a demo")
     runs = {kind: Run(output / kind) for kind in TITLES}
@@ -65,6 +67,10 @@ def run_demo(output: Path, console: Console, overrides: tuple[str, ...] = ()) ->
     except OSError as error:
         raise GSKDError(f"{picture}: cannot be written: {error.strerror or error}") from None
     console.print(f"picture: {picture}", markup=False, soft_wrap=True)
+    content = gather([runs["plain"].path, runs["gskd"].path], overrides)
+    page.unlink(missing_ok=True)
+    write_page(content, page)
+    console.print(f"to look into it, open in a browser: {page}", markup=False, soft_wrap=True)
     return results
 
 
