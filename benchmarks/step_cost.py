@@ -146,8 +146,23 @@ def measure(recipe: Recipe, steps: int, samples: int) -> tuple[dict[str, float],
                     times[name].append(time.perf_counter() - start)
                     waits[name].append(wait)
     figures = {name: median(found) for name, found in times.items()}
+    figures["teacher as probed, forward alone"] = forward_alone(probed, recipe, steps)
     figures["making the cache, a batch"] = building / (len(data) * 2) * recipe.train.batch
     return figures, {name: median(found) for name, found in waits.items()}
+
+
+def forward_alone(distiller: Distiller, recipe: Recipe, steps: int) -> float:
+    """Seconds of the teacher's pass over a batch."""
+    images = torch.randn(recipe.train.batch, 3, *recipe.augment.crop, device=device_of(recipe))
+    labels = torch.zeros(len(images), *recipe.augment.crop, dtype=torch.int64, device=images.device)
+    found = []
+    for _ in range(steps + 3):
+        begun = time.perf_counter()
+        distiller._teach(images, labels)
+        if images.device.type == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - begun)
+    return median(found[3:])
 
 
 def loaded(recipe: Recipe, data: SegmentationDataset, steps: int, targets: TeacherCache | None) -> Any:
