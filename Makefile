@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PARALLEL := -n auto --dist loadfile  # a file's tests share what they train
 
-.PHONY: demo test test-all faults lint format bench clean
+.PHONY: demo test test-all faults lint format bench docs clean
 
 demo: $(INSTALLED)  ## the main job on the built-in scenes: teacher, plain student, GSKD student, table and picture
 	$(BIN)/gskd demo --output runs/demo
@@ -34,6 +34,9 @@ bench: $(INSTALLED)  ## losses, input pipeline and, with CAMVID=folder TEACHER=r
 	test -z "$(CAMVID)" || $(BIN)/python benchmarks/step_cost.py camvid_gskd data.root=$(CAMVID) teacher.run=$(TEACHER) data.workers=1
 	test -z "$(CAMVID)" || $(BIN)/python benchmarks/scaling.py camvid_gskd data.root=$(CAMVID) teacher.run=$(TEACHER)
 
+docs: $(INSTALLED)  ## the documentation as a site: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'gskd needs Python 3.11 or newer')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,4 +44,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
