@@ -193,6 +193,24 @@ def predict_run(
 
 
 @app.command()
+def share(
+    run: RunFolder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
+    licence: Annotated[str | None, typer.Option("--license", help="For the model card, e.g. apache-2.0.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="ORGANISATION/NAME", help="Also upload it to the Hugging Face hub.")
+    ] = None,
+    allow_imports: AllowImports = False,
+) -> None:
+    """Write a run's best student as a folder for from_pretrained: weights, configuration, model card."""
+    from gskd.run import Run
+    from gskd.sharing import share_run
+
+    share_run(Run(run), output, licence, push)
+    console.print(f"{output}: model.safetensors, config.json, README.md", markup=False, soft_wrap=True)
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[str],

@@ -1,0 +1,102 @@
+"""A student that others load: the same network, nothing of the machine it came from, and no code of theirs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from gskd import GSKDError
+from gskd.data.datasets import open_dataset
+from gskd.evaluation import predict
+from gskd.run import Run, inference_of
+from gskd.sharing import PretrainedStudent, share_run
+from helpers import assert_refused, gskd, gskd_ok
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    output = tmp_path_factory.mktemp("shared") / "student"
+    gskd_ok("share", tiny.distilled, "-o", output, "--license", "apache-2.0")
+    return output
+
+
+def test_what_is_loaded_is_the_run_s_best_student(tiny, folder):
+    student, run = PretrainedStudent.from_pretrained(folder), Run(tiny.distilled)
+    recipe = run.load_recipe()
+    assert not student.training
+    image = open_dataset("scenes", None, "val", {"size": [40, 52], "length": 1})[0].image
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    expected = predict(run.load_model(), pixels, inference_of(recipe)).argmax(0)
+    assert np.array_equal(student.label_map(image), expected.numpy())
+    logits = student(pixels[None])
+    assert tuple(logits.shape) == (1, 11, 40, 52)
+    assert student.classes == tuple(run.info()["classes"])
+    assert student.palette.tolist() == run.info()["palette"]
+
+
+def test_the_card_says_what_it_is_and_nothing_of_the_machine(tiny, folder):
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "gskd"
+    score = Run(tiny.distilled).read_result()["best"]["val"]["miou"]
+    assert f"| val | {100 * score:.1f} |" in card.text
+    assert "gskd:" in card.text  # the recipe
+    assert "Teacher: teacher" in card.text
+    for file in ("README.md", "config.json"):
+        assert str(tiny.folder) not in (folder / file).read_text()
+
+
+def test_a_weight_that_is_missing_is_an_error(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    weights.pop(next(key for key in weights if key.endswith("weight")))
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(GSKDError, match="do not fit.*Missing key"):
+        PretrainedStudent.from_pretrained(tmp_path)
+
+
+def test_a_folder_of_others_runs_no_code(folder, tmp_path):
+    """A model name is a module to import: not without being allowed."""
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "name": "os:system", "args": {"command": "false"}}))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(GSKDError, match="os:system"):
+        PretrainedStudent.from_pretrained(tmp_path)
+
+
+def test_what_stands_there_stays(tiny, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    assert_refused(gskd("share", tiny.distilled, "-o", tmp_path), "expected a new or empty folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_run_without_weights_is_refused(tiny, tmp_path):
+    assert_refused(gskd("share", tmp_path / "nothing", "-o", tmp_path / "out"), "holds no recipe.yaml")
+    assert not (tmp_path / "out").exists()
+
+
+def test_uploading(tiny, tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(
+        PretrainedStudent, "push_to_hub", lambda self, name, **given: sent.append((name, given["model_card_kwargs"]))
+    )
+    share_run(Run(tiny.plain), tmp_path / "a", push="me/student")
+    assert sent == [("me/student", {"place": "me/student"})]
+    assert 'from_pretrained("me/student")' in (tmp_path / "a" / "README.md").read_text()
+
+    def refused(self, name, **given):
+        raise OSError("401 Unauthorized\nand more")
+
+    monkeypatch.setattr(PretrainedStudent, "push_to_hub", refused)
+    with pytest.raises(GSKDError, match=r"hub me/student: 401 Unauthorized; the folder .* is complete"):
+        share_run(Run(tiny.plain), tmp_path / "b", push="me/student")
+    assert (tmp_path / "b" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32)])
+def test_an_image_of_another_kind_is_refused(folder, image):
+    with pytest.raises(GSKDError, match="image: expected"):
+        PretrainedStudent.from_pretrained(folder).label_map(image)
