@@ -54,7 +54,7 @@ def test_a_weight_that_is_missing_is_an_error(folder, tmp_path):
     weights.pop(next(key for key in weights if key.endswith("weight")))
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(GSKDError, match="do not fit.*Missing key"):
+    with pytest.raises(GSKDError, match=r"do not fit.*Missing key"):
         PretrainedStudent.from_pretrained(tmp_path)
 
 

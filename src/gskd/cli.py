@@ -193,6 +193,39 @@ def predict_run(
 
 
 @app.command()
+def bench(
+    run: RunFolder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the files.")],
+    overrides: Overrides = None,
+    images: Annotated[int, typer.Option(min=1, help="Images of the val split to score.")] = 100,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="CPU threads; may be given several times.")] = None,
+    allow_imports: AllowImports = False,
+) -> None:
+    """Measure and score a run's student in the forms that can ship: PyTorch, ONNX, ONNX of 8-bit integers.
+
+    Latency and memory are of one image on the CPU, in a process of its own for each.
+    """
+    from gskd.bench import bench_run, write_rows
+    from gskd.progress import Progress
+    from gskd.run import Run
+
+    folder = Run(run)
+    recipe = folder.load_recipe(tuple(overrides or ()))
+    with Progress(console) as progress:
+        rows = bench_run(folder, output, recipe, images, threads or [1], on_progress=progress.say)
+    write_rows(rows, output)
+    table = Table(title=f"{run}: one image on the CPU")
+    for column in ("form", "threads", "median ms", "p95 ms", "memory MiB", "file MiB", "mIoU", "same class"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for row in rows:
+        numbers = (1e3 * row.latency.median, 1e3 * row.latency.p95, row.memory, row.size, 100 * row.miou)
+        cells = (f"{number:.1f}" if number == number else "-" for number in numbers)
+        table.add_row(row.name, str(row.threads), *cells, f"{100 * row.agreement:.2f} %")
+    console.print(table)
+    console.print(f"{output}: student.onnx, student-int8.onnx, bench.json", markup=False, soft_wrap=True)
+
+
+@app.command()
 def share(
     run: RunFolder,
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],

@@ -204,9 +204,9 @@ def _free(fixed: bool) -> dict[int, Any]:
 
 
 def _write_onnx(model: Deployed, path: Path, size: tuple[int, int], fixed: bool, facts: Mapping[str, str]) -> None:
-    _require("onnx", "onnxscript", "onnxruntime")
+    require_packages("onnx", "onnxscript", "onnxruntime")
     try:
-        with _quiet():
+        with quietly():
             program = torch.onnx.export(
                 model,
                 (_example(size, fixed),),
@@ -228,7 +228,7 @@ def _write_onnx(model: Deployed, path: Path, size: tuple[int, int], fixed: bool,
 
 def _write_program(model: Deployed, path: Path, size: tuple[int, int], fixed: bool, facts: Mapping[str, str]) -> None:
     try:
-        with _quiet():
+        with quietly():
             program = torch.export.export(model, (_example(size, fixed),), dynamic_shapes=(_free(fixed),))
             torch.export.save(program, path, extra_files={f"gskd.{key}": value for key, value in facts.items()})
     except OSError:
@@ -247,7 +247,7 @@ def open_onnx(path: Path, threads: int | None = None) -> Callable[[Tensor], Tens
     Raises:
         GSKDError: onnxruntime is missing, or cannot read the file; when called, it cannot run it.
     """
-    _require("onnxruntime")
+    require_packages("onnxruntime")
     runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # its errors come as exceptions as well
@@ -306,14 +306,15 @@ def _compare(
     return tuple(checks)
 
 
-def _require(*packages: str) -> None:
+def require_packages(*packages: str) -> None:
+    """Raises `GSKDError` where a package of the extra ``export`` is missing."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise GSKDError(f"export: needs {package}, pip install 'gskd[export]'")
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """The exporters print and warn of what they do inside."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -1,0 +1,72 @@
+"""The forms of a student that can ship: measured, scored, and what is written is what was scored."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from gskd import GSKDError
+from gskd.bench import bench_run, quantise
+from gskd.export import open_onnx
+from gskd.run import Run
+from helpers import assert_refused, gskd, gskd_ok
+
+
+@pytest.fixture(scope="module")
+def measured(tiny, tmp_path_factory):
+    output = tmp_path_factory.mktemp("bench") / "files"
+    said = gskd_ok("bench", tiny.distilled, "-o", output, "--images", 3, "--threads", 1).out
+    return output, said, json.loads((output / "bench.json").read_text())
+
+
+def test_all_forms_are_measured_and_scored(tiny, measured):
+    output, said, written = measured
+    rows = {row["name"]: row for row in written["rows"]}
+    assert list(rows) == ["torch", "onnx", "onnx int8"]
+    for row in rows.values():
+        assert 0 < row["latency"]["median"] <= row["latency"]["p95"]
+        assert row["memory"] > 0
+        assert row["name"] in said
+    assert rows["torch"]["agreement"] == 1
+    assert rows["onnx"]["agreement"] >= 0.999
+    assert rows["onnx"]["miou"] == pytest.approx(rows["torch"]["miou"], abs=1e-3)
+    assert written["environment"]["processor"]
+    assert rows["onnx"]["size"] == pytest.approx((output / "student.onnx").stat().st_size / 2**20)
+
+
+def test_the_score_is_that_of_evaluation(tiny, measured, tmp_path):
+    """Scored at scale 1, on every image."""
+    gskd_ok("eval", tiny.distilled, "--json", tmp_path / "score.json")
+    rows = bench_run(Run(tiny.distilled), tmp_path / "files", images=99, repeats=1)
+    assert rows[0].miou == pytest.approx(json.loads((tmp_path / "score.json").read_text())["miou"], abs=2e-3)
+
+
+def test_eight_bits_are_eight_bits(measured):
+    import onnx
+
+    output, _, written = measured
+    kinds = {
+        one.data_type
+        for one in onnx.load(output / "student-int8.onnx").graph.initializer
+        if one.name.endswith("quantized")
+    }
+    assert onnx.TensorProto.INT8 in kinds
+    sizes = {row["name"]: row["size"] for row in written["rows"]}
+    assert sizes["onnx int8"] < 0.8 * sizes["onnx"]
+    images = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8)
+    exact, small = (open_onnx(output / name)(images) for name in ("student.onnx", "student-int8.onnx"))
+    assert not torch.equal(exact, small)
+    assert np.corrcoef(exact.flatten(), small.flatten())[0, 1] > 0.9
+
+
+def test_what_stands_there_stays(tiny, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    assert_refused(gskd("bench", tiny.distilled, "-o", tmp_path), "expected a new or empty folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_file_that_cannot_be_quantised_is_named(tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"no network")
+    with pytest.raises(GSKDError, match=r"broken\.onnx: cannot be quantised"):
+        quantise(tmp_path / "broken.onnx", tmp_path / "out.onnx", iter(()))
