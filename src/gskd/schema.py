@@ -58,7 +58,7 @@ class DataRecipe:
     """Where samples come from."""
 
     dataset: str = "scenes"
-    """camvid, cityscapes, voc, ade20k, coco_stuff, folder or scenes: `gskd.data.datasets.open_dataset`."""
+    """camvid, cityscapes, voc, ade20k, coco_stuff, folder, hub or scenes: `gskd.data.datasets.open_dataset`."""
     root: str | None = None
     """The dataset's folder; scenes needs none."""
     options: dict[str, Any] = field(default_factory=dict)

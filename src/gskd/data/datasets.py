@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gskd.data import Sample, SegmentationDataset, layouts
+from gskd.data.hub import HubDataset, open_table
 from gskd.data.legend import listed, make_legend, read_legend
 from gskd.data.scenes import Scenes
 from gskd.errors import GSKDError, near_names
@@ -63,14 +64,16 @@ def open_dataset(name: str, root: str | None, split: str, options: Mapping[str, 
 
     Args:
         name: ``"camvid"``, ``"cityscapes"``, ``"voc"``, ``"ade20k"``, ``"coco_stuff"`` (see `gskd.data.layouts` for
-            their files and splits), ``"folder"`` or ``"scenes"``.
-        root: The dataset's folder; ``None`` for ``"scenes"``, which is drawn and not read.
+            their files and splits), ``"folder"``, ``"hub"`` or ``"scenes"``.
+        root: The dataset's folder; ``None`` for ``"scenes"``, which is drawn and not read. Of ``"hub"`` a folder made
+            by ``save_to_disk``, or a name on the Hugging Face hub.
         split: For example ``"train"``.
         options: Of scenes: ``length``, ``size``, ``seed`` (see `Scenes`). Of folder: ``classes`` (required), names, or
             a CSV file below ``root`` (see `read_legend`); ``mask_kind``; beside names also ``palette``,
             ``ignore_values``, ``ignore_colours`` (see `make_legend`); and ``images`` and ``masks``, folders relative to
-            ``root`` in which ``{split}`` stands for the split, default ``images/{split}`` and ``masks/{split}``. The
-            others have none.
+            ``root`` in which ``{split}`` stands for the split, default ``images/{split}`` and ``masks/{split}``.
+            Of hub: ``classes`` (required), ``palette``, ``mask_kind``, ``ignore_values``, ``ignore_colours`` as of
+            folder, and ``image`` and ``label``, names of columns. The others have none.
 
     Returns:
         The dataset. Labels are uint8 with ``IGNORE``.
@@ -117,6 +120,15 @@ def _below(root: Path, relative: str, what: str, kind: str = "folder") -> Path:
     return path
 
 
+def _open_hub(root: Path, split: str, options: Mapping[str, Any]) -> SegmentationDataset:
+    rest = dict(options)
+    image, label, classes = str(rest.pop("image", "image")), str(rest.pop("label", "label")), rest.pop("classes", None)
+    if classes is None:
+        raise GSKDError("dataset 'hub' needs the option 'classes': the class names in the order of their index")
+    legend = make_legend(classes, **rest)
+    return HubDataset(open_table(str(root), split), image, label, legend, f"dataset {root}, {split}")
+
+
 def _open_scenes(root: Path, split: str, options: Mapping[str, Any]) -> SegmentationDataset:
     rest = dict(options)
     if "size" in rest:
@@ -143,6 +155,10 @@ _OPENERS: dict[str, tuple[_Opener, tuple[str, ...]]] = {
     "folder": (
         _open_folder,
         ("images", "masks", "classes", "palette", "mask_kind", "ignore_values", "ignore_colours"),
+    ),
+    "hub": (
+        _open_hub,
+        ("image", "label", "classes", "palette", "mask_kind", "ignore_values", "ignore_colours"),
     ),
     "scenes": (_open_scenes, ("length", "size", "seed")),
 }
