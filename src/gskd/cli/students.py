@@ -133,12 +133,12 @@ def bench(
         rows = bench_run(folder, output, recipe, images, threads or [1], on_progress=progress.say)
     write_rows(rows, output)
     table = Table(title=f"{run}: one image on the CPU")
-    for column in ("form", "threads", "median ms", "p95 ms", "memory MiB", "file MiB", "mIoU", "same class"):
-        table.add_column(column, justify="left" if column == "form" else "right")
+    for column in ("form", "threads", "median ms", "p95 ms", "memory MiB", "file MiB", "mIoU", "same %"):
+        table.add_column(column, justify="left" if column == "form" else "right", no_wrap=True)
     for row in rows:
         numbers = (1e3 * row.latency.median, 1e3 * row.latency.p95, row.memory, row.size, 100 * row.miou)
         cells = (f"{number:.1f}" if number == number else "-" for number in numbers)
-        table.add_row(row.name, str(row.threads), *cells, f"{100 * row.agreement:.2f} %")
+        table.add_row(row.name, str(row.threads), *cells, f"{100 * row.agreement:.2f}")
     console.print(table)
     console.print(f"{output}: student.onnx, student-int8.onnx, bench.json", markup=False, soft_wrap=True)
 
