@@ -141,11 +141,21 @@ def test_names_of_others_are_text(tiny, tmp_path):
     assert text.count("<script") == text.count("</script>") == 2
 
 
-def test_runs_of_a_comparison_are_chosen_by_their_score(tmp_path):
+@pytest.mark.parametrize(("structural", "third"), [("a", "a"), ("c", "d"), ("none", "d")])
+def test_runs_of_a_comparison_are_chosen_by_their_score(tmp_path, structural, third):
+    """And the best one that has GSKD is among them."""
     from gskd.report.content import _shown
 
+    terms = {structural: {"structure": {"loss": "gskd"}}}
+
     rows = [
-        {"variant": name, "round": round_, "seeds": [seed], "miou": {"val": {"0": score}}}
+        {
+            "variant": name,
+            "round": round_,
+            "seeds": [seed],
+            "miou": {"val": {"0": score}},
+            "terms": terms.get(name, {"kd": {"loss": None}}),
+        }
         for name, round_, seed, score in [
             ("plain", "steps", 0, 0.1),
             ("a", "steps", 0, 0.2),
@@ -160,7 +170,7 @@ def test_runs_of_a_comparison_are_chosen_by_their_score(tmp_path):
         "runs/plain/seed-0",
         "runs/b/seed-2",
         "runs/c/seed-0",
-        "runs/d/seed-0",
+        f"runs/{third}/seed-0",
     ]
 
 

@@ -115,7 +115,7 @@ def gather(
 
     Args:
         folders: finished runs on the same classes; or one folder of a comparison, of which the baseline and up to three
-            of the best variants are shown in pictures.
+            others are shown in pictures: the best, and the best with GSKD.
         overrides: ``key=value`` of the runs' recipes, for example ``data.root=data/camvid``.
         images: pictures from the split that picked the best weights, spread evenly over it.
         explored: of these, how many with their similarity maps.
@@ -124,9 +124,10 @@ def gather(
     Raises:
         GSKDError: a folder holds no finished run, classes differ, or data or teacher cannot be opened.
     """
-    comparison = None
+    comparison, title = None, None
     if len(folders) == 1 and (results := folders[0] / "results.json").is_file() and not Run(folders[0]).exists:
         comparison = _read_json(results)
+        title = folders[0].resolve().name
         folders = _shown(folders[0], comparison)
     runs = {name: Run(folder) for name, folder in zip(_names(folders), folders, strict=True)}
     recipes = {name: run.load_recipe(tuple(overrides)) for name, run in runs.items()}
@@ -137,7 +138,7 @@ def gather(
         other.check_classes(data, "report")
     networks, notes = _networks(runs, recipes, data, on_progress)
     content = Content(
-        title=" and ".join(runs) if len(runs) < 4 else f"{len(runs)} runs",
+        title=title or (" and ".join(runs) if len(runs) < 4 else f"{len(runs)} runs"),
         split=first.data.val,
         classes=list(data.classes),
         palette=np.asarray(data.palette).tolist(),
@@ -160,11 +161,17 @@ def gather(
 
 
 def _shown(folder: Path, results: dict[str, Any]) -> list[Path]:
-    """The runs of a comparison that are worth a picture: the baseline, and the best of the others."""
+    """The runs of a comparison that are worth a picture: the baseline, the best others, and the best with GSKD."""
     split, steps = results["compared_on"], [row for row in results["rows"] if row["round"] == "steps"]
     ranked = sorted(steps, key=lambda row: -float(np.mean(list(row["miou"][split].values()))))
-    names = [results["baseline"], *(row["variant"] for row in ranked if row["variant"] != results["baseline"])][:4]
+    others = [row["variant"] for row in ranked if row["variant"] != results["baseline"]]
+    with_gskd = {
+        row["variant"] for row in ranked if any((term["loss"] or name) == "gskd" for name, term in row["terms"].items())
+    }
+    structural = [name for name in others if name in with_gskd]
+    chosen = others[:3] if not structural or structural[0] in others[:3] else [*others[:2], structural[0]]
     seeds = {row["variant"]: row["seeds"][0] for row in steps}
+    names = [results["baseline"], *chosen]
     return [folder / "runs" / name / f"seed-{seeds[name]}" for name in names if name in seeds]
 
 
