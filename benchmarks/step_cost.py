@@ -123,9 +123,9 @@ def measure(recipe: Recipe, steps: int, samples: int) -> tuple[dict[str, float],
         print(f"teacher in {trial}")
     print(f"taken: {probed.teacher_path}")
     source = CacheSource(recipe, cached, teacher_model, data)
-    source.ready()
-    begun = time.perf_counter()
     cache = TeacherCache(source)
+    source.ready(cache)
+    begun = time.perf_counter()
     fill_cache(cache, source, Progress(enabled=False))
     building = time.perf_counter() - begun
     dtype = autocast_dtype(recipe.train.precision)

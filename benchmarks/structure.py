@@ -51,7 +51,8 @@ def main() -> None:
     print(f"{'run':48s} {'one class':>10s} {'two':>10s} {'contrast':>10s} {'mIoU':>7s}")
     for run, rows in zip(runs, found, strict=True):
         within, across, contrast = np.nanmean(rows, axis=0)
-        miou = run.read_result()["best"][options.split]["miou"] if run.result.is_file() else float("nan")
+        scores = run.read_result()["best"].get(options.split) if run.result.is_file() else None
+        miou = float("nan") if scores is None else scores["miou"]
         print(f"{str(run.path)[-48:]:48s} {within:10.4f} {across:10.4f} {contrast:10.4f} {100 * miou:7.2f}")
 
 

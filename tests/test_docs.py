@@ -61,6 +61,26 @@ def test_a_command_is_one_that_there_is(page, line):
         load_comparison(named, changes)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_run_that_is_used_is_one_that_was_made(page):
+    """In the commands of a page: what eval, report and the like name is an output of train, distill or compare."""
+    made, used = set(), []
+    for name, line in COMMANDS:
+        words = shlex.split(line)[1:]
+        if name == page.name and words[0] in ("train", "distill", "compare"):
+            changes = [word for word in words if SETTINGS.fullmatch(word)]
+            outputs = [word.removeprefix("output=") for word in changes if word.startswith("output=")]
+            if not outputs and "/" not in words[1] and words[1].islower():
+                outputs = [
+                    str(load_comparison(words[1]).output if words[0] == "compare" else load_recipe(words[1]).output)
+                ]
+            made |= set(outputs)
+        elif name == page.name:
+            used += [word for word in words if word.startswith("runs/")]
+    if made:
+        assert [run for run in used if run not in made] == []
+
+
 @pytest.mark.parametrize(("page", "text"), YAML)
 def test_a_recipe_is_read_without_complaint(page, text, tmp_path):
     tree = yaml.safe_load(text)

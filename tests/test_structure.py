@@ -87,6 +87,12 @@ def test_structure_error_agrees_with_loops():
     assert found == pytest.approx((sum(within) / len(within), sum(across) / len(across)))
 
 
+def test_structure_error_of_one_class():
+    within, across = structure_error(torch.rand(3, 3), torch.rand(3, 3), torch.zeros(3))
+    assert within > 0
+    assert across != across
+
+
 def test_a_layer_without_a_map_is_named():
     class Flat(Same):
         def forward(self, images):

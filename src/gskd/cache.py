@@ -41,7 +41,9 @@ from gskd.data import SegmentationDataset
 from gskd.data.loading import batches
 from gskd.data.views import FixedViews
 from gskd.distiller import Distiller, Packed
+from gskd.distributed import rank
 from gskd.errors import GSKDError
+from gskd.fast_teacher import TeacherPath, Trial
 from gskd.models import normalise
 from gskd.progress import Progress
 from gskd.recipe import ModelRecipe, Recipe
@@ -200,9 +202,17 @@ class CacheSource:
         assert self.recipe.augment.views is not None
         return FixedViews(self.data, augmentation_of(self.recipe), self.recipe.augment.views)
 
-    def ready(self) -> None:
-        """Makes the teacher as fast as the recipe allows, before it is run."""
-        ready_teacher(self.recipe, self.distiller, self.teacher_model, self.data, _VIEWS_PER_PASS)
+    def ready(self, cache: TeacherCache) -> list[Trial]:
+        """Makes the teacher as fast as the recipe allows, before it is run: as it was for what the cache holds already.
+
+        Returns:
+            What was tried, where that was asked for and is not known.
+        """
+        kept = cache.teacher_path()
+        tried = ready_teacher(self.recipe, self.distiller, self.teacher_model, self.data, _VIEWS_PER_PASS, kept)
+        if tried and self.distiller.teacher_path is not None and rank() == 0:
+            cache.keep_teacher_path(self.distiller.teacher_path)
+        return tried
 
     def targets(self, images: Tensor, labels: Tensor, first: int) -> dict[str, Packed]:
         """The targets of views in a row, as they are stored, by term.
@@ -243,6 +253,8 @@ class TeacherCache:
             "data": {"dataset": recipe.data.dataset, "split": recipe.data.train, "stamp": data.stamp()},
             "augment": asdict(recipe.augment),
         }
+        digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
+        self._path_file = self.root / f"path-{digest}.json"
         self.stores: dict[str, TargetStore] = {}
         for term in distiller.losses:
             target = distiller.target_settings(term)
@@ -259,6 +271,25 @@ class TeacherCache:
             if store.folder not in read:
                 read[store.folder] = store.read(sample * self.views + view)
         return {term: read[store.folder] for term, store in self.stores.items()}
+
+    def teacher_path(self) -> TeacherPath | None:
+        """How the teacher ran for these views, where that was probed: what is added must be made alike."""
+        try:
+            return TeacherPath.from_json(json.loads(self._path_file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep_teacher_path(self, path: TeacherPath) -> None:
+        """Remembers what was probed, for all terms of these views.
+
+        Raises:
+            GSKDError: it cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            _place(json.dumps(path.to_json()).encode(), self._path_file)
+        except OSError as error:
+            raise GSKDError(f"cache {self.root}: cannot be written: {error.strerror or error}") from None
 
     def missing(self) -> set[int]:
         """Numbers of the shards that some store lacks."""
@@ -343,10 +374,10 @@ def fill_cache(cache: TeacherCache, source: CacheSource, progress: Progress, sto
 def verify_cache(cache: TeacherCache, source: CacheSource) -> Iterator[tuple[str, float]]:
     """Recomputes one pass of each of up to eight shards with the teacher: where, and the largest relative deviation.
 
-    A deviation is the largest difference of a tensor over its largest value; 0 on the machine that made the cache. On
-    another kind of device GSKD's points are other draws.
+    A deviation is the largest difference of a tensor over its largest value, or of integers the share that differs; 0
+    on the machine that made the cache. On another kind of device GSKD's points are other draws.
     """
-    source.ready()  # as it was when the cache was made
+    source.ready(cache)
     store = next(iter(cache.stores.values()))
     views = source.views()
     shards = sorted(store.shards())
@@ -358,9 +389,12 @@ def verify_cache(cache: TeacherCache, source: CacheSource) -> Iterator[tuple[str
             stored = [one.read(item) for item in items]
             for key, value in computed[term].items():
                 if value.numel():
-                    kept = torch.stack([packed[key] for packed in stored]).double()
-                    scale = max(kept.abs().max().item(), 1e-12)
-                    deviation = ((kept - value.double()).abs().max() / scale).item()
+                    kept = torch.stack([packed[key] for packed in stored])
+                    if value.is_floating_point():
+                        scale = max(kept.double().abs().max().item(), 1e-12)
+                        deviation = ((kept.double() - value.double()).abs().max() / scale).item()
+                    else:
+                        deviation = (kept != value).double().mean().item()
                     yield f"{term}.{key} of shard {shard:05d}", math.inf if math.isnan(deviation) else deviation
 
 

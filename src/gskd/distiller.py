@@ -239,7 +239,12 @@ class Distiller(nn.Module):
         Returns:
             What was tried and what came of it; ``teacher_path`` is the one that is now taken, by all processes the
             first one's.
+
+        Raises:
+            GSKDError: the images are of another kind.
         """
+        if images.dim() != 4 or images.dtype != torch.float32:
+            raise GSKDError(f"images: expected (B, 3, H, W) float32, got {tuple(images.shape)} {images.dtype}")
         trials = try_paths(self._teacher[0], images, tap_names(self.teacher_layers.values()), dtypes)
         self.take_path(best_path(trials).agreed(images.device), images)
         return trials

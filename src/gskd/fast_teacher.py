@@ -158,6 +158,7 @@ def _try(
     times: list[float] = []
     try:
         network.to(memory_format=layout)  # type: ignore[call-overload]
+        _read(network, images[:1], taps, path)  # the first pass of a kind sets up what the others find ready
         begun = time.perf_counter()
         found = _read(network, images, taps, path)
         _wait(images)

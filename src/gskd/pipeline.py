@@ -258,7 +258,8 @@ def _whole_cache(source: CacheSource, progress: Progress, stop: StopRequest) -> 
             progress.say(line)
     _stop_together(stop)
     if sum_over_processes(torch.tensor(len(cache.missing()), device=source.device)):
-        source.ready()
+        for trial in source.ready(cache):
+            progress.say(f"teacher in {trial}")
         if source.distiller.teacher_path is not None:
             progress.say(f"the teacher runs in {source.distiller.teacher_path}")
     fill_cache(cache, source, progress, stop)

@@ -112,7 +112,7 @@ def similarity_everywhere(read: Tensor, maps: Tensor) -> Tensor:
 
 
 def structure_error(student: Tensor, teacher: Tensor, label: Tensor) -> tuple[float, float]:
-    """Mean difference of two similarity maps (M, M), of pairs of one class and of pairs of two."""
+    """Mean difference of two similarity maps (M, M), of pairs of one class and of two; NaN where there are none."""
     apart = (student - teacher).abs()
     same = label[:, None] == label[None, :]
     pairs = ~torch.eye(len(label), dtype=torch.bool)

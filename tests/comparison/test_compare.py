@@ -40,6 +40,11 @@ def write(folder, **changes):
     return path
 
 
+def test_a_variant_that_is_null_is_left_out(tmp_path):
+    path = write(tmp_path)
+    assert [variant.name for variant in load_comparison(path, ["variants.kd=null"]).variants] == ["plain"]
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")

@@ -11,13 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from gskd.report import gather
+from gskd.report import gather, write_page
 from gskd.report.content import BEFORE, TEACHER
 from gskd.run import Run
 from helpers import assert_refused, gskd, gskd_ok, snapshot
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
+
+
+def embedded(page):
+    """What the page's script reads; as strictly as a browser does."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)[1]
+    return json.loads(found, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +39,7 @@ def page(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(page):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)[1])
+    return embedded(page)
 
 
 def test_it_needs_nothing_from_outside(page):
@@ -123,6 +129,38 @@ def test_a_file_that_is_there_stays(tiny, tmp_path):
     (tmp_path / "report.html").write_text("mine")
     assert_refused(gskd("report", tiny.plain, "-o", tmp_path / "report.html"), "exists already")
     assert (tmp_path / "report.html").read_text() == "mine"
+
+
+def test_pictures_of_one_class_and_odd_names(tiny, tmp_path):
+    """No pair of two classes, hence no number; a name that is mathematics to a plotting library; no metrics."""
+    one_class = "_odd $ {$x_1$"
+    shutil.copytree(tiny.distilled, tmp_path / one_class)
+    (tmp_path / one_class / "metrics.jsonl").write_text("")
+    content = gather([tiny.plain, tmp_path / one_class], images=2, explored=2)
+    for structure in content.structures:
+        assert all(np.isfinite(structure.error[name]).all() for name in structure.error)
+    content.structures[0].error["plain"] = (0.1, float("nan"))
+    write_page(content, tmp_path / "r.html")
+    embedded(tmp_path / "r.html")
+
+
+def test_runs_on_other_data_are_not_put_side_by_side(tiny, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny.plain, other)
+    recipe = (other / "recipe.yaml").read_text()
+    (other / "recipe.yaml").write_text(recipe.replace("length: 4", "length: 3"))
+    assert_refused(gskd("report", tiny.plain, other, "-o", tmp_path / "r.html"), "other was scored on other data")
+
+
+def test_what_must_be_known_is_said(tiny, tmp_path):
+    wider = tmp_path / "wider"
+    shutil.copytree(tiny.teacher, wider)
+    content = gather([tiny.plain, tiny.distilled, wider], ["eval.scales=[0.5]"], images=1, explored=0)
+    notes = " ".join(content.notes)
+    assert "different networks" in notes
+    assert "with eval.scales=[0.5]" in notes
+    write_page(content, tmp_path / "r.html")
+    assert "differences are to <b>plain</b>" in (tmp_path / "r.html").read_text()
 
 
 def test_an_unfinished_run_is_named(tiny, tmp_path):

@@ -103,10 +103,12 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     seeds = _seeds(tree.get("seeds", [0]), f"{where}: seeds")
     variants: list[Variant] = []
     for name, changes in _mapping(tree["variants"], f"{where}: variants").items():
+        if changes is None:  # as with a term: variants.mse=null leaves it out
+            continue
         here = f"{where}: variants.{name}"
         if not str(name).replace("-", "_").isidentifier():
             raise GSKDError(f"{here}: expected a name of letters, digits, _ and -")
-        changes = dict(_mapping(changes or {}, here))
+        changes = dict(_mapping(changes, here))
         own = _seeds(changes.pop("seeds", list(seeds)), f"{here}.seeds")
         for key in ("output", "seed", "teacher"):
             if key in changes:
@@ -125,6 +127,8 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
             if variants and getattr(recipe, part) != getattr(variants[0].recipe, part):
                 raise GSKDError(f"{here}.{part}: differs from that of {variants[0].name}; all must be scored alike")
         variants.append(Variant(str(name), recipe, own))
+    if not variants:
+        raise GSKDError(f"{where}: variants: all are null; expected at least one")
     names = [variant.name for variant in variants]
     baseline = str(tree.get("baseline", names[0]))
     if baseline not in names:

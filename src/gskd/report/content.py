@@ -136,7 +136,13 @@ def gather(
     data = open_split(first, first.data.val)
     for other in runs.values():
         other.check_classes(data, "report")
-    networks, notes = _networks(runs, recipes, data, on_progress)
+    notes = _differing(recipes, first, overrides)
+    networks, more = _networks(runs, recipes, data, on_progress)
+    notes += more
+    if comparison is not None:
+        notes.append(
+            f"The table of networks and all below it are of {', '.join(f.parent.name + ' ' + f.name for f in folders)}."
+        )
     content = Content(
         title=title or (" and ".join(runs) if len(runs) < 4 else f"{len(runs)} runs"),
         split=first.data.val,
@@ -158,6 +164,25 @@ def gather(
             content.structures.append(_structure(data, index, number, networks))
     content.rows = [_row(network, results_of, data, content, on_progress) for network in networks]
     return content
+
+
+def _differing(recipes: dict[str, Recipe], first: Recipe, overrides: Sequence[str]) -> list[str]:
+    """What a reader must know before comparing these runs.
+
+    Raises:
+        GSKDError: they were scored on other data.
+    """
+    notes = []
+    for name, recipe in recipes.items():
+        mine, theirs = ((one.data.dataset, one.data.root, one.data.options, one.data.val) for one in (recipe, first))
+        if mine != theirs:
+            raise GSKDError(f"report: {name} was scored on other data than {next(iter(recipes))}; expected the same")
+    if len({repr((one.eval.scales, one.eval.flip, one.eval.mode)) for one in recipes.values()}) > 1:
+        notes.append("The runs were scored in different ways (eval): their scores are not of one kind.")
+    changed = [text for text in overrides if not text.startswith(("data.root=", "teacher.run=", "train."))]
+    if changed:
+        notes.append(f"Scores are those of training; pictures, latency and MACs are with {' '.join(changed)}.")
+    return notes
 
 
 def _shown(folder: Path, results: dict[str, Any]) -> list[Path]:
@@ -208,6 +233,12 @@ def _networks(
     notes: list[str] = []
     distilling = {name: recipe for name, recipe in recipes.items() if runs[name].info()["kind"] == "distill"}
     layers, distilled = _tapped(distilling), next(iter(distilling), None)
+    teachers = {run.info().get("teacher_sha256") for name, run in runs.items() if name in distilling}
+    if len(teachers) > 1:
+        notes.append(f"The runs have different teachers: what is shown and compared with is that of {distilled}.")
+    begun_as = distilled or next(iter(recipes))
+    if len({repr((one.model.name, one.model.args)) for one in recipes.values()}) > 1:
+        notes.append(f"The runs have different networks: the student before training is that of {begun_as}.")
     if distilled is not None:
         recipe = recipes[distilled]
         assert recipe.teacher is not None
@@ -218,7 +249,7 @@ def _networks(
             found.append(_network(TEACHER, model, inference, layers["teacher"], recipe))
         except GSKDError as error:
             notes.append(f"The teacher is left out: {error}")
-    begun = recipes[distilled or next(iter(recipes))]
+    begun = recipes[begun_as]
     try:
         torch.manual_seed(begun.seed)  # as training begins
         model = build_recipe_model(begun.model, data, "model", begun.augment.crop)
@@ -329,7 +360,8 @@ def _row(
         "peak_memory_gib": None,
     }
     errors = np.array([one.error[network.name] for one in content.structures if network.name in one.error])
-    row["structure_error"] = errors.mean(0).tolist() if len(errors) else None
+    known = (errors == errors).all(axis=1) if len(errors) else []  # a picture of one class has no pair of two
+    row["structure_error"] = errors[known].mean(0).tolist() if any(known) else None
     if network.name in results:
         result = results[network.name]
         row["miou"] = {split: score["miou"] for split, score in result["best"].items()}

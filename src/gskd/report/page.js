@@ -74,13 +74,16 @@
 
   function draw() {
     if (!shown) return;
-    const { width, height } = shown.image;
+    const zoom = Math.max(1, Math.round(720 / shown.image.width));  // lines are as thin on a small image
+    const width = zoom * shown.image.width, height = zoom * shown.image.height;
     [view.width, view.height] = [width, height];
     const context = view.getContext("2d");
+    context.imageSmoothingEnabled = false;
     const middle = Math.round(width * at("divide").value / 100);
-    context.drawImage(layer(at("left").value), 0, 0);
+    context.drawImage(layer(at("left").value), 0, 0, width, height);
     if (middle < width) {
-      context.drawImage(layer(at("right").value), middle, 0, width - middle, height, middle, 0, width - middle, height);
+      const from = middle / zoom;
+      context.drawImage(layer(at("right").value), from, 0, shown.image.width - from, shown.image.height, middle, 0, width - middle, height);
     }
     context.fillStyle = "#fff";
     context.fillRect(middle - 1, 0, 2, height);
@@ -118,7 +121,9 @@
     const last = data.networks[data.networks.length - 1];
     for (const id of ["left", "right"]) fill(at(id), layers.map((name) => [name, name]), id === "left" ? LAYER_TRUTH : last);
     at("picture").addEventListener("change", showPicture);
-    for (const id of ["left", "right", "divide", "strength"]) at(id).addEventListener("input", draw);
+    for (const id of ["left", "right", "divide", "strength"]) {
+      for (const event of ["input", "change"]) at(id).addEventListener(event, draw);
+    }
     view.addEventListener("click", (event) => {
       const box = view.getBoundingClientRect();
       cross.x = (event.clientX - box.left) / box.width;
@@ -129,9 +134,9 @@
       const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
       if (!(event.key in moves) || !shown) return;
       event.preventDefault();
-      const [dx, dy] = moves[event.key], step = event.shiftKey ? 32 : 8;
-      cross.x = clamp(cross.x + dx * step / shown.image.width, 0, 1);
-      cross.y = clamp(cross.y + dy * step / shown.image.height, 0, 1);
+      const [dx, dy] = moves[event.key], step = event.shiftKey ? 32 : 8;  // of the canvas
+      cross.x = clamp(cross.x + dx * step / view.width, 0, 1);
+      cross.y = clamp(cross.y + dy * step / view.height, 0, 1);
       draw();
     });
     return showPicture();

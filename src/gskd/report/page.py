@@ -40,7 +40,7 @@ def write_page(content: Content, output: Path) -> None:
     here = files("gskd.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # networks stay in their order
-    environment.filters |= {"points": _points, "count": _count, "seconds": _seconds}
+    environment.filters |= {"share": _share, "points": _points, "count": _count, "seconds": _seconds}
     page = environment.from_string((here / "page.html").read_text(encoding="utf-8")).render(
         content=content,
         version=version("gskd"),
@@ -56,13 +56,16 @@ def write_page(content: Content, output: Path) -> None:
 
 
 def _baseline(content: Content) -> str | None:
-    """Whose score the others are compared with: the run without terms."""
-    for row in content.rows:
-        lines = content.curves.get(row["name"], [])
-        terms = next((line["terms"] for line in lines if "terms" in line), None)
-        if terms is not None and set(terms) == {"task"}:
-            return str(row["name"])
-    return None
+    """Whose score the others are compared with: the run without terms, of the size of one that has some."""
+    runs = [row for row in content.rows if row["name"] in content.curves]
+    terms = {
+        row["name"]: set(next((line["terms"] for line in content.curves[row["name"]] if "terms" in line), ()))
+        for row in runs
+    }
+    distilled = {row["parameters"] for row in runs if terms[row["name"]] - {"task"}}
+    plain = [row for row in runs if terms[row["name"]] == {"task"}]
+    same = [row for row in plain if row["parameters"] in distilled] or ([] if distilled else plain)
+    return str(same[0]["name"]) if same and len(runs) > 1 else None
 
 
 def _data(content: Content) -> dict[str, Any]:
@@ -94,7 +97,6 @@ def _data(content: Content) -> dict[str, Any]:
                     for name, values in one.everywhere.items()
                 },
                 "tile": list(next(iter(one.everywhere.values())).shape[1:]) if one.everywhere else [0, 0],
-                "error": one.error,
             }
             for one in content.structures
             if len(one.points.index)
@@ -141,8 +143,14 @@ def _svg(salt: str, curves: dict[str, list[tuple[float, float]]], axis: str, log
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
         for number, (name, points) in enumerate(curves.items()):
+            if not points:
+                continue
             xs, ys = _smoothed(points)
-            axes.plot(xs, ys, _LINES[number % len(_LINES)], label=name, color=f"C{number}", linewidth=1.5)
+            label = " " + name.replace("$", r"\$")  # else it is read as mathematics, or left out for its first letter
+            marker = "o" if len(xs) == 1 else None
+            axes.plot(
+                xs, ys, _LINES[number % len(_LINES)], label=label, color=f"C{number}", linewidth=1.5, marker=marker
+            )
         if log and all(y > 0 for points in curves.values() for _, y in points):
             axes.set_yscale("log")
         axes.set_xlabel("step")
@@ -164,6 +172,10 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[
 
 def _points(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.01 else f"{100 * share:.2f} %"
 
 
 def _count(number: float) -> str:
