@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from gskd import GSKDError
 from gskd.bench import quantise
-from gskd.export import open_onnx
+from gskd.export import Deployed, export_model, open_onnx
 from helpers import assert_refused, gskd, gskd_ok
 
 
@@ -19,6 +20,7 @@ def measured(tiny, tmp_path_factory):
     return output, said, json.loads((output / "bench.json").read_text())
 
 
+@pytest.mark.slow
 def test_all_forms_are_measured_and_scored(tiny, measured):
     output, said, written = measured
     rows = {row["name"]: row for row in written["rows"]}
@@ -34,6 +36,7 @@ def test_all_forms_are_measured_and_scored(tiny, measured):
     assert rows["onnx"]["size"] == pytest.approx((output / "student.onnx").stat().st_size / 2**20)
 
 
+@pytest.mark.slow
 def test_the_score_is_that_of_evaluation(tiny, measured, tmp_path):
     """Scored at scale 1, on every image."""
     gskd_ok("eval", tiny.distilled, "--json", tmp_path / "score.json")
@@ -42,6 +45,7 @@ def test_the_score_is_that_of_evaluation(tiny, measured, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_eight_bits_are_eight_bits(measured):
     import onnx
 
@@ -58,6 +62,19 @@ def test_eight_bits_are_eight_bits(measured):
     exact, small = (open_onnx(output / name)(images) for name in ("student.onnx", "student-int8.onnx"))
     assert not torch.equal(exact, small)
     assert np.corrcoef(exact.flatten(), small.flatten())[0, 1] > 0.9
+
+
+def test_a_small_network_of_eight_bits(tmp_path):
+    torch.manual_seed(0)
+    model = Deployed(
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)), (0.5,) * 3, (0.5,) * 3
+    )
+    export_model(model.eval(), tmp_path / "exact.onnx", (32, 32))
+    images = [torch.randint(0, 256, (1, 3, 40, 48), dtype=torch.uint8) for _ in range(4)]
+    quantise(tmp_path / "exact.onnx", tmp_path / "small.onnx", iter(images))
+    exact, small = (open_onnx(tmp_path / name)(images[0]) for name in ("exact.onnx", "small.onnx"))
+    assert not torch.equal(exact, small)
+    assert (exact - small).abs().mean() < 0.05 * exact.abs().mean()
 
 
 def test_what_stands_there_stays(tiny, tmp_path):

@@ -91,6 +91,12 @@ def test_a_recipe_is_read_without_complaint(page, text, tmp_path):
         parse_recipe({"output": "runs/x", "model": {"name": "smp:Unet"}, **tree}, source=page)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_terms_inside_a_sentence_are_read(page):
+    for text in re.findall(r"`(terms: .*?)`", page.read_text(encoding="utf-8")):
+        parse_recipe({"output": "runs/x", "model": {"name": "smp:Unet"}, **yaml.safe_load(text)}, source=page.name)
+
+
 class Net(nn.Module):
     def __init__(self, width):
         super().__init__()

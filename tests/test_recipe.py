@@ -1,11 +1,9 @@
 import math
-import re
 import string
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -284,15 +282,3 @@ def test_small_floats_survive(tmp_path: Path) -> None:
     loaded = load_recipe(write(tmp_path, dump_recipe(recipe)))
     assert (loaded.train.lr, loaded.train.weight_decay) == (1e-05, 1.2345678901234567e-17)
     assert not math.isnan(loaded.train.lr)
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/own-data.md"])
-def test_documents_show_recipes_that_can_be_read(page: str) -> None:
-    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
-    shown = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) + re.findall(r"`(terms: .*?)`", text)
-    assert shown
-    for piece in shown:
-        tree = yaml.safe_load(piece)
-        assert isinstance(tree, dict), piece
-        if "data" in tree:
-            parse_recipe(tree)

@@ -100,7 +100,10 @@ def test_what_does_not_fit_is_named(tmp_path, split, options, words):
 
 
 def test_what_is_no_dataset_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
     (tmp_path / "empty").mkdir()
     for place in (tmp_path / "empty", "nobody/nothing"):
         with pytest.raises(GSKDError, match="cannot be opened"):
