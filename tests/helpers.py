@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -119,7 +120,13 @@ def spawn(*arguments: object, launcher: tuple[str, ...] = ("-m", "gskd.cli"), cw
         text=True,
         env=environment(),
         cwd=cwd,
+        preexec_fn=_hear_interrupts if os.name == "posix" else None,
     )
+
+
+def _hear_interrupts() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def free_port() -> int:
