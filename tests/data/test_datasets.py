@@ -1,7 +1,5 @@
 import pickle
-import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from gskd.data.layouts import camvid, folder_pairs
 from gskd.data.legend import make_legend
 from gskd.data.pairs import Pairs
 from gskd.errors import GSKDError
+from helpers import write_png
 
 CLASSES = ("road", "sky", "car")
 PALETTE = ((128, 64, 128), (70, 130, 180), (0, 0, 142))
@@ -28,17 +27,6 @@ def save_image(path: Path, shape=(3, 4), value=(10, 200, 30), **options) -> None
 def save_mask(path: Path, values=LABEL) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(values)).save(path)
-
-
-def write_png(path: Path, rows: list[bytes], width: int, depth: int, colour_type: int) -> None:
-    """A PNG written by hand, for the encodings that Pillow does not write."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, len(rows), depth, colour_type, 0, 0, 0)
-    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
 
 
 @pytest.fixture

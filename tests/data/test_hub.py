@@ -8,7 +8,7 @@ from PIL import Image
 
 from gskd import GSKDError
 from gskd.data.datasets import open_dataset
-from helpers import gskd_ok, write_recipe
+from helpers import gskd_ok, write_png, write_recipe
 
 datasets = pytest.importorskip("datasets", reason="needs the extra datasets")
 CLASSES = {"classes": ["road", "sky", "car"]}
@@ -128,3 +128,30 @@ def test_a_recipe_trains_on_one(tmp_path):
     recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "run", data=data)
     assert "mIoU" in gskd_ok("train", recipe, "train.steps=2").out
     gskd_ok("data", "check", recipe)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"<html>moved</html>", "not a readable mask"), (None, "is empty, expected an image")],
+)
+def test_a_mask_that_is_none_is_named(tmp_path, content, words):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    label = None if content is None else {"bytes": content, "path": None}
+    table = datasets.Dataset.from_dict({"image": [picture(rows(1)[0][0])], "label": [label]}, features)
+    table.save_to_disk(str(tmp_path / "d"))
+    data = open_dataset("hub", str(tmp_path / "d"), "train", CLASSES)
+    with pytest.raises(GSKDError, match=f"row-000000: label: .*{words}|row-000000: label: {words}"):
+        data[0]
+
+
+def test_masks_of_few_bits_are_read_as_stored(tmp_path):
+    """Pillow stretches 2 bits to 0..255: the same reader as for files puts that right."""
+    write_png(tmp_path / "mask.png", [bytes([0b00_01_10_01])], 4, depth=2, colour_type=0)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    columns = {
+        "image": [picture(np.zeros((1, 4, 3), np.uint8))],
+        "label": [{"bytes": (tmp_path / "mask.png").read_bytes(), "path": None}],
+    }
+    datasets.Dataset.from_dict(columns, features).save_to_disk(str(tmp_path / "d"))
+    data = open_dataset("hub", str(tmp_path / "d"), "train", CLASSES)
+    assert data[0].label.tolist() == [[0, 1, 2, 1]]

@@ -9,7 +9,9 @@ from __future__ import annotations
 import struct
 import zlib
 from difflib import get_close_matches
+from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -91,10 +93,24 @@ def _empty_folder(folder: Path, suffixes: tuple[str, ...], what: str) -> str:
 # Reading files
 
 
-def read_rgb(path: Path) -> np.ndarray:
+class Stored(NamedTuple):
+    """A picture that is no file of its own, but part of one."""
+
+    content: bytes
+    where: str
+
+    def __str__(self) -> str:
+        return self.where
+
+
+def _open(source: Path | Stored) -> Image.Image:
+    return Image.open(BytesIO(source.content) if isinstance(source, Stored) else source)
+
+
+def read_rgb(path: Path | Stored) -> np.ndarray:
     """(H, W, 3) uint8, writable, from any colour mode; transparency is dropped."""
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion would clip at 255
                 grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, axis=2)
@@ -104,10 +120,10 @@ def read_rgb(path: Path) -> np.ndarray:
         raise GSKDError(f"{path}: not a readable image: {_one_line(error)}") from error
 
 
-def read_index(path: Path) -> np.ndarray:
+def read_index(path: Path | Stored) -> np.ndarray:
     """(H, W) stored values of a single-channel mask, uint8 to int32; a palette PNG gives its indices."""
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
                 raise GSKDError(
                     f"{path}: the mask is {image.mode}, expected one channel of class indices; "
@@ -123,12 +139,14 @@ def read_index(path: Path) -> np.ndarray:
     return values // (255 // (2**depth - 1)) if depth < 8 else values
 
 
-def _png_bit_depth(path: Path) -> int:
+def _png_bit_depth(path: Path | Stored) -> int:
+    if isinstance(path, Stored):
+        return path.content[24]
     with path.open("rb") as file:
         return file.read(25)[24]
 
 
-def read_colour(path: Path) -> np.ndarray:
+def read_colour(path: Path | Stored) -> np.ndarray:
     """(H, W) uint32 colours, 0xRRGGBB."""
     rgb = read_rgb(path).astype(np.uint32)
     return rgb[:, :, 0] << 16 | rgb[:, :, 1] << 8 | rgb[:, :, 2]

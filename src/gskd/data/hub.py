@@ -5,18 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from gskd.data import Sample
+from gskd.data.files import Stored, read_colour, read_index, read_rgb
 from gskd.data.legend import Legend
 from gskd.errors import GSKDError, described, few, near_names
-
-_ONE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16B")
 
 
 class HubDataset:
@@ -56,15 +51,9 @@ class HubDataset:
     def __getitem__(self, index: int) -> Sample:
         row, name = self._rows[index], self.name(index)
         where = f"{self._where}: {name}"
-        image = np.array(_decode(row[self._image], f"{where}: {self._image}").convert("RGB"))
-        mask = _decode(row[self._label], f"{where}: {self._label}")
-        if self.legend.mask_kind == "colour":
-            red, green, blue = np.moveaxis(np.array(mask.convert("RGB")).astype(np.uint32), 2, 0)
-            codes = red << 16 | green << 8 | blue
-        elif mask.mode in _ONE_CHANNEL:
-            codes = np.array(mask).astype(np.int32)
-        else:
-            raise GSKDError(f"{where}: the mask is {mask.mode}, expected one channel of class indices")
+        image = read_rgb(_stored(row[self._image], f"{where}: {self._image}"))
+        mask = _stored(row[self._label], f"{where}: {self._label}")
+        codes = read_index(mask) if self.legend.mask_kind == "index" else read_colour(mask)
         if codes.shape != image.shape[:2]:
             (height, width), (mask_height, mask_width) = image.shape[:2], codes.shape
             raise GSKDError(f"{where}: the mask is {mask_width} x {mask_height}, its image {width} x {height}")
@@ -110,12 +99,7 @@ def _content(value: Any) -> bytes:
         raise GSKDError(f"{value['path']}: cannot be read: {error.strerror or error}") from None
 
 
-def _decode(value: Any, where: str) -> Image.Image:
+def _stored(value: Any, where: str) -> Stored:
     if value is None:
         raise GSKDError(f"{where}: is empty, expected an image")
-    try:
-        with Image.open(io.BytesIO(_content(value))) as image:
-            image.load()
-            return image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise GSKDError(f"{where}: not a readable image: {described(error)}") from None
+    return Stored(_content(value), where)
