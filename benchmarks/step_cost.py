@@ -33,7 +33,7 @@ from gskd.models import normalise
 from gskd.optimization import build_optimizer
 from gskd.progress import Progress
 from gskd.recipe import Recipe, TeacherPrecision, load_recipe
-from gskd.run import augmentation_of, autocast_dtype, device_of
+from gskd.run import augmentation_of, autocast_dtype, device_of, layout_of
 
 
 class Few:
@@ -92,7 +92,7 @@ def measure(recipe: Recipe, steps: int, samples: int) -> tuple[dict[str, float],
     """Seconds by row, and those of them in which the step waits for its images."""
     device = device_of(recipe)
     data = Few(open_split(recipe, recipe.data.train), samples)
-    layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+    layout = layout_of(recipe)
 
     def student() -> torch.nn.Module:
         torch.manual_seed(recipe.seed)
@@ -176,7 +176,7 @@ def turn(
 ) -> Callable[[], float]:
     """One training step at each call, which gives the seconds that its images took."""
     device = device_of(recipe)
-    layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+    layout = layout_of(recipe)
     optimizer = build_optimizer(distiller, recipe.train)
     half = torch.bfloat16 if dtype == torch.float32 else dtype
 

@@ -14,14 +14,14 @@ from gskd.architectures import build_model, has_own_weights, require_trusted, wi
 from gskd.data import SegmentationDataset
 from gskd.data.datasets import Cached, open_dataset
 from gskd.data.views import TrainingViews
-from gskd.distiller import Distiller, Layers, Term, resolve_layers, tap_names
+from gskd.distiller import Distiller, Term
 from gskd.errors import GSKDError, near_names
 from gskd.fast_teacher import TeacherPath, Trial
-from gskd.layers import channels
+from gskd.layers import Layers, channels, resolve_layers, tap_names
 from gskd.losses import LOSSES
 from gskd.models import check_classes, load_weights, normalise
 from gskd.recipe import ModelRecipe, Recipe, TeacherPrecision, TeacherRecipe, TermRecipe, load_recipe, set_value
-from gskd.run import Run, augmentation_of, teacher_dtype
+from gskd.run import Run, augmentation_of, layout_of, teacher_dtype
 
 
 def open_split(recipe: Recipe, split: str) -> SegmentationDataset:
@@ -72,9 +72,10 @@ def ready_teacher(
     assert distiller.teacher is not None
     views = TrainingViews(data, augmentation_of(recipe), recipe.seed, recipe.augment.views)
     images = torch.stack([views[position][0] for position in range(batch)])
-    layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
     device = next(distiller.teacher.parameters()).device
-    inputs = normalise(images.to(device), teacher_model.mean, teacher_model.std).contiguous(memory_format=layout)
+    inputs = normalise(images.to(device), teacher_model.mean, teacher_model.std).contiguous(
+        memory_format=layout_of(recipe)
+    )
     if path is not None:
         distiller.take_path(path, inputs)
     elif recipe.teacher.precision == TeacherPrecision.auto:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,15 +17,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gskd.assembly import open_split
-from gskd.checkpoint import write_text
+from gskd.checkpoint import require_new_folder, write_text
 from gskd.data import SegmentationDataset
+from gskd.data.selection import spread
 from gskd.environment import environment
 from gskd.errors import GSKDError, described
+from gskd.evaluation import scaled
 from gskd.export import deployed, export_run, open_onnx, quietly, require_packages
 from gskd.metrics import ConfusionMatrix
 from gskd.recipe import Recipe
 from gskd.run import Run
-from gskd.speed import Latency
+from gskd.speed import Latency, latency
 
 FORMS = ("torch", "onnx", "onnx int8")
 _CALIBRATION = 32  # images of the training split
@@ -40,7 +41,7 @@ class Form:
     threads: int
     latency: Latency
     memory: float
-    """MiB that loading and running it adds to a process that has done neither."""
+    """MiB that a process which has loaded and run it holds more than before."""
     size: float
     """MiB of its file; for torch that of the weights."""
     miou: float
@@ -75,8 +76,7 @@ def bench_run(
     Raises:
         GSKDError: the folder holds anything, a package of the extra ``export`` is missing, or a form cannot be made.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise GSKDError(f"output {output}: expected a new or empty folder, found other files")
+    require_new_folder(output)
     require_packages("onnx", "onnxruntime")
     recipe = recipe or run.load_recipe()
     data = open_split(recipe, recipe.data.val)
@@ -92,14 +92,14 @@ def bench_run(
     export_run(run, exact, (size[0], size[1]))
     on_progress("quantising")
     training = open_split(recipe, recipe.data.train)
-    quantise(exact, small, (_scaled(training, index, scale) for index in _spread(len(training), _CALIBRATION)))
+    quantise(exact, small, (_scaled(training, index, scale) for index in spread(len(training), _CALIBRATION)))
     calls: dict[str, Callable[[Tensor], Tensor]] = {
         "torch": deployed(run, recipe),
         "onnx": open_onnx(exact),
         "onnx int8": open_onnx(small),
     }
     on_progress(f"scoring {min(images, len(data))} images of {recipe.data.val}")
-    scores = _scores(calls, data, scale, _spread(len(data), images))
+    scores = _scores(calls, data, scale, spread(len(data), images))
     files = {"torch": run.student, "onnx": exact, "onnx int8": small}
     rows = []
     for count in threads:
@@ -151,19 +151,10 @@ def quantise(model: Path, output: Path, images: Iterator[Tensor]) -> None:
         raise GSKDError(f"{model}: cannot be quantised: {described(error)}") from None
 
 
-def _spread(length: int, count: int) -> list[int]:
-    """Indices, evenly over the whole."""
-    return sorted(set(np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()))
-
-
 def _scaled(data: SegmentationDataset, index: int, scale: float) -> Tensor:
     """(1, 3, H, W) uint8, as a program that uses the file would scale it."""
     image = torch.from_numpy(data[index].image).permute(2, 0, 1)[None]
-    if scale == 1.0:
-        return image.contiguous()
-    size = [max(1, round(side * scale)) for side in image.shape[-2:]]
-    scaled = F.interpolate(image.float(), size, mode="bilinear", align_corners=False, antialias=scale < 1)
-    return scaled.round().clamp(0, 255).byte().contiguous()
+    return scaled(image.float(), scale).round().clamp(0, 255).byte().contiguous()
 
 
 @torch.no_grad()
@@ -199,12 +190,5 @@ def _measure(name: str, source: str, size: tuple[int, int], threads: int, repeat
     image = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
     before = psutil.Process().memory_info().rss
     call = deployed(Run(Path(source))) if name == "torch" else open_onnx(Path(source), threads)
-    times, most = [], before
-    with torch.inference_mode():
-        for _ in range(5 + repeats):
-            begun = time.perf_counter()
-            call(image)
-            times.append(time.perf_counter() - begun)
-            most = max(most, psutil.Process().memory_info().rss)
-    counted = times[5:]
-    return Latency(float(np.median(counted)), float(np.percentile(counted, 95))), (most - before) / 2**20
+    seconds = latency(call, image, repeats, warm_up=5)
+    return seconds, (psutil.Process().memory_info().rss - before) / 2**20

@@ -47,7 +47,7 @@ from gskd.fast_teacher import TeacherPath, Trial
 from gskd.models import normalise
 from gskd.progress import Progress
 from gskd.recipe import ModelRecipe, Recipe
-from gskd.run import augmentation_of, teacher_dtype
+from gskd.run import augmentation_of, layout_of, teacher_dtype
 from gskd.stops import StopRequest
 
 _FORMAT = 1
@@ -223,8 +223,7 @@ class CacheSource:
             first: number of the first view; what is random in a term's target depends on it alone.
         """
         recipe, model, device = self.recipe, self.teacher_model, self.device
-        layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-        normal = normalise(images.to(device), model.mean, model.std).contiguous(memory_format=layout)
+        normal = normalise(images.to(device), model.mean, model.std).contiguous(memory_format=layout_of(recipe))
         dtype = teacher_dtype(recipe)
         half = torch.bfloat16 if dtype == torch.float32 else dtype
         devices = [device] if device.type == "cuda" else []

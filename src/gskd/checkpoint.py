@@ -141,6 +141,20 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     model.load_state_dict(found)
 
 
+def require_new_file(path: Path, where: str = "output") -> None:
+    """Raises `GSKDError` where a file is there already, or its folder is not; before long work, and again after it."""
+    if path.exists():
+        raise GSKDError(f"{where} {path}: exists already; expected a new file")
+    if not path.parent.is_dir():
+        raise GSKDError(f"{where} {path}: {path.parent} is no folder; expected one that exists")
+
+
+def require_new_folder(path: Path) -> None:
+    """Raises `GSKDError` where a folder holds anything, or is none."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise GSKDError(f"output {path}: expected a new or empty folder, found other files")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that a reader sees the old text or the whole new one."""
     partial = path.with_name(path.name + ".partial")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 from gskd.assembly import open_split
 from gskd.data import SegmentationDataset
 from gskd.errors import GSKDError, few
-from gskd.evaluation import Inference, predict
+from gskd.evaluation import predict
 from gskd.models import count_parameters
 from gskd.pictures import colourise, side_by_side
 from gskd.pipeline import train_model
@@ -23,6 +22,7 @@ from gskd.progress import Progress
 from gskd.recipe import Recipe, load_recipe
 from gskd.report import gather, write_page
 from gskd.run import Run, inference_of
+from gskd.speed import latency
 
 TITLES = {"teacher": "teacher", "plain": "plain student", "gskd": "GSKD student"}
 
@@ -60,7 +60,11 @@ def run_demo(output: Path, console: Console, overrides: tuple[str, ...] = ()) ->
         results[kind] = train_model(recipe, runs[kind], distill=kind == "gskd", resume=True, progress=Progress(console))
     models = {kind: runs[kind].load_model(recipes[kind]) for kind in TITLES}
     val = open_split(recipes["plain"], recipes["plain"].data.val)
-    milliseconds = {kind: _latency(models[kind], val, inference_of(recipes[kind])) for kind in TITLES}
+    image = torch.from_numpy(val[0].image).permute(2, 0, 1)
+    milliseconds = {}
+    for kind in TITLES:  # of one image, from uint8 pixels to logits
+        inference = inference_of(recipes[kind])
+        milliseconds[kind] = 1000 * latency(partial(predict, models[kind], inference=inference), image).median
     console.print(_table(results, models, milliseconds, val.classes))
     try:
         _picture(models, recipes, val).save(picture)
@@ -72,17 +76,6 @@ def run_demo(output: Path, console: Console, overrides: tuple[str, ...] = ()) ->
     write_page(content, page)
     console.print(f"to look into it, open in a browser: {page}", markup=False, soft_wrap=True)
     return results
-
-
-def _latency(model: nn.Module, data: SegmentationDataset, inference: Inference, repeats: int = 20) -> float:
-    """Median milliseconds for one image, from uint8 pixels to logits."""
-    image = torch.from_numpy(data[0].image).permute(2, 0, 1)
-    seconds = []
-    for _ in range(repeats + 3):
-        started = time.perf_counter()
-        predict(model, image, inference)
-        seconds.append(time.perf_counter() - started)
-    return 1000 * statistics.median(seconds[3:])
 
 
 def _table(

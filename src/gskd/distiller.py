@@ -12,7 +12,7 @@ Usable in anyone's loop::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -26,7 +26,7 @@ from gskd.distributed import mean_over_processes, sum_over_processes
 from gskd.errors import GSKDError
 from gskd.fast_teacher import TeacherPath, Trial, autocast_of, best_path, try_paths
 from gskd.folding import fold_batch_norm
-from gskd.layers import auto_tap
+from gskd.layers import Layers, resolve_layers, tap_names
 from gskd.losses import Pixels
 from gskd.losses._pixels import match_size, promote
 from gskd.models import freeze
@@ -35,9 +35,6 @@ from gskd.taps import Taps
 
 Packed = dict[str, Tensor]
 """What a term needs of the teacher for a batch, as it is stored: tensors whose first dimension is the image."""
-
-Layers = str | tuple[str, ...]
-"""One tap, or several where a loss compares layers."""
 
 _PATIENCE = 20  # forward passes
 
@@ -187,7 +184,6 @@ class Distiller(nn.Module):
         self._folded: list[nn.Module] = []
         self.teacher_dtype = teacher_dtype
         self.teacher_path: TeacherPath | None = None
-        self._teacher_layout: torch.memory_format | None = None
         self._labels_checked = False
         self._silent_steps = {name: 0 for name, weight in self.weights.items() if weight != 0}
         if task_loss is not None:
@@ -255,8 +251,7 @@ class Distiller(nn.Module):
         if path.folded:
             self.fold_teacher(images)
         self.teacher_path, self.teacher_dtype = path, path.dtype
-        self._teacher_layout = torch.channels_last if path.channels_last else torch.contiguous_format
-        (self._folded or self._teacher)[0].to(memory_format=self._teacher_layout)  # type: ignore[call-overload]
+        (self._folded or self._teacher)[0].to(memory_format=path.layout)  # type: ignore[call-overload]
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Distiller:
         for teacher in (*self._teacher, *self._folded):
@@ -401,8 +396,8 @@ class Distiller(nn.Module):
         """The teacher's view of a batch: labels with its prediction, and its map or maps for each term."""
         teacher = (self._folded or self._teacher)[0]
         teacher.eval()  # each step: somebody's callback may have called train() on it
-        if self._teacher_layout is not None:
-            images = images.contiguous(memory_format=self._teacher_layout)
+        if self.teacher_path is not None:
+            images = images.contiguous(memory_format=self.teacher_path.layout)
         dtype = self.teacher_dtype
         with (
             nullcontext() if dtype is None else autocast_of(images.device, dtype),
@@ -429,29 +424,6 @@ def _check_labels(labels: Tensor, classes: int) -> None:
         raise GSKDError(
             f"labels: hold {stray[:5]}, the student has classes 0 to {classes - 1}; {IGNORE} or less than 0 is ignored"
         )
-
-
-def resolve_layers(model: nn.Module, names: str | Sequence[str], loss: nn.Module | type[nn.Module]) -> Layers:
-    """What a term's layers stand for: ``"auto"`` is chosen by what the loss takes, names stay.
-
-    Raises:
-        GSKDError: there is no automatic choice for this model, or it is no name and no sequence of names.
-    """
-    if names == "auto":
-        return auto_tap(model, getattr(loss, "inputs", "features"))
-    if isinstance(names, str):
-        return names
-    if isinstance(names, Sequence) and names and all(isinstance(name, str) for name in names):
-        if getattr(loss, "inputs", "levels") != "levels":
-            kind = loss if isinstance(loss, type) else type(loss)
-            raise GSKDError(f"layers: {kind.__name__} compares one layer of each network, got {list(names)}")
-        return tuple(names)
-    raise GSKDError(f"layers: expected a name or a list of names, got {names!r}")
-
-
-def tap_names(layers: Iterable[Layers]) -> list[str]:
-    """All taps of several terms, each once."""
-    return list(dict.fromkeys(name for one in layers for name in ((one,) if isinstance(one, str) else one)))
 
 
 def _read(taps: Taps, layers: Layers) -> Tensor | list[Tensor]:

@@ -50,6 +50,20 @@ class Inference:
     dtype: torch.dtype = torch.float32
 
 
+def scaled(images: Tensor, scale: float) -> Tensor:
+    """(B, C, H, W) floating point images resized by a factor, bilinear, antialiased where they become smaller."""
+    if scale == 1.0:
+        return images
+    size = [max(1, round(side * scale)) for side in images.shape[-2:]]
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=scale < 1)
+
+
+def padded(images: Tensor) -> Tensor:
+    """(B, C, H, W) normalised images with zeros, the mean colour, below and right, up to multiples of `DIVISOR`."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % DIVISOR, 0, -height % DIVISOR))
+
+
 @torch.no_grad()
 def predict(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
     """Class scores of one image.
@@ -68,12 +82,9 @@ def predict(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
     single = len(inference.scales) == 1 and not inference.flip
     total: Tensor | None = None
     for scale in inference.scales:
-        scaled = images
-        if scale != 1.0:
-            target = [max(1, round(side * scale)) for side in size]
-            scaled = F.interpolate(images, target, mode="bilinear", align_corners=False, antialias=scale < 1)
+        resized = scaled(images, scale)
         for flipped in (False, True) if inference.flip else (False,):
-            logits = _logits(model, scaled.flip(-1) if flipped else scaled, inference)
+            logits = _logits(model, resized.flip(-1) if flipped else resized, inference)
             logits = logits.flip(-1) if flipped else logits
             if logits.shape[-2:] != size:
                 logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
@@ -115,7 +126,7 @@ def _starts(length: int, window: int, overlap: float) -> list[int]:
 
 def _padded_logits(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
     height, width = images.shape[-2:]
-    images = F.pad(images, (0, -width % DIVISOR, 0, -height % DIVISOR))  # zero is the mean colour
+    images = padded(images)
     with torch.autocast(
         images.device.type, dtype=torch.bfloat16 if dtype == torch.float32 else dtype, enabled=dtype != torch.float32
     ):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gskd.checkpoint import require_new_file
 from gskd.errors import GSKDError, described
 from gskd.evaluation import DIVISOR
 from gskd.models import scale_and_shift
@@ -166,10 +167,7 @@ def export_model(
 def _check_output(output: Path) -> None:
     if output.suffix not in FORMATS:
         raise GSKDError(f"export {output}: expected a file that ends in {' or '.join(FORMATS)}")
-    if output.exists():
-        raise GSKDError(f"export {output}: exists already; expected a new file")
-    if not output.parent.is_dir():
-        raise GSKDError(f"export {output}: {output.parent} is no folder; expected one that exists")
+    require_new_file(output, "export")
 
 
 def _facts(run: Run, recipe: Recipe) -> dict[str, str]:

@@ -31,7 +31,6 @@ _REPEATS = 3
 _GAIN = 0.97  # of the time of a more exact way: what is faster by less is not worth a difference
 _HOPELESS = 3.0  # times slower than the plain teacher at the first pass: not timed any further
 
-
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -44,6 +43,11 @@ class TeacherPath(NamedTuple):
     """Batch normalisation inside the convolutions, see `gskd.folding`."""
     channels_last: bool
     """Memory layout of network and images."""
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """That memory layout."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def __str__(self) -> str:
         name = _NAMES[self.dtype]
@@ -123,7 +127,7 @@ def try_paths(
     for path in paths:
         network, limit = folded if path.folded else teacher, trials[0].seconds if trials else None
         trials.append(_try(network, images, taps, path, plain, limit))
-    teacher.to(memory_format=torch.channels_last if as_given else torch.contiguous_format)  # type: ignore[call-overload]
+    teacher.to(memory_format=paths[0].layout)  # type: ignore[call-overload]
     return trials
 
 
@@ -153,11 +157,10 @@ def _read(network: nn.Module, images: Tensor, taps: list[str], path: TeacherPath
 def _try(
     network: nn.Module, images: Tensor, taps: list[str], path: TeacherPath, plain: list[Tensor], limit: float | None
 ) -> Trial:
-    layout = torch.channels_last if path.channels_last else torch.contiguous_format
-    images = images.contiguous(memory_format=layout)
+    images = images.contiguous(memory_format=path.layout)
     times: list[float] = []
     try:
-        network.to(memory_format=layout)  # type: ignore[call-overload]
+        network.to(memory_format=path.layout)  # type: ignore[call-overload]
         _read(network, images[:1], taps, path)  # the first pass of a kind sets up what the others find ready
         begun = time.perf_counter()
         found = _read(network, images, taps, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from gskd.errors import GSKDError, described
 from gskd.outputs import feature_maps, logits_of
 from gskd.taps import LOGITS, Taps, eval_mode, inside_compiled, named_layers, parse_tap, unwrapped
+
+Layers = str | tuple[str, ...]
+"""One tap, or several where a loss compares layers."""
 
 
 @dataclass(frozen=True)
@@ -243,3 +246,26 @@ def _probe(model: nn.Module, example: Tensor) -> object:
         if inside_compiled(root, list(root.modules())):
             scope.enter_context(torch.compiler.set_stance("force_eager"))
         return root(example.to(parameter.device, parameter.dtype))
+
+
+def resolve_layers(model: nn.Module, names: str | Sequence[str], loss: nn.Module | type[nn.Module]) -> Layers:
+    """What a term's layers stand for: ``"auto"`` is chosen by what the loss takes, names stay.
+
+    Raises:
+        GSKDError: there is no automatic choice for this model, or it is no name and no sequence of names.
+    """
+    if names == "auto":
+        return auto_tap(model, getattr(loss, "inputs", "features"))
+    if isinstance(names, str):
+        return names
+    if isinstance(names, Sequence) and names and all(isinstance(name, str) for name in names):
+        if getattr(loss, "inputs", "levels") != "levels":
+            kind = loss if isinstance(loss, type) else type(loss)
+            raise GSKDError(f"layers: {kind.__name__} compares one layer of each network, got {list(names)}")
+        return tuple(names)
+    raise GSKDError(f"layers: expected a name or a list of names, got {names!r}")
+
+
+def tap_names(layers: Iterable[Layers]) -> list[str]:
+    """All taps of several terms, each once."""
+    return list(dict.fromkeys(name for one in layers for name in ((one,) if isinstance(one, str) else one)))

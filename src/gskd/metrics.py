@@ -10,6 +10,9 @@ from torch import Tensor
 
 from gskd.distributed import sum_over_processes
 
+RARE_SHARE = 0.01
+"""A class is rare with less than this share of the labelled pixels of what is scored."""
+
 
 class ConfusionMatrix:
     """Counts pixels by (true class, predicted class) over a dataset; ignored pixels are left out.

@@ -20,11 +20,12 @@ from gskd.distiller import Distiller
 from gskd.distributed import lost_process_named, rank, sum_over_processes, world_size
 from gskd.errors import GSKDError
 from gskd.evaluation import evaluate
+from gskd.fast_teacher import TeacherPath, Trial
 from gskd.metrics import Score
 from gskd.models import count_parameters, load_weights
 from gskd.progress import Progress
 from gskd.recipe import EvalRecipe, ModelRecipe, Recipe, TrainRecipe, Unreadable, dump_recipe
-from gskd.run import Run, device_of, inference_of, teacher_dtype
+from gskd.run import Run, device_of, inference_of, layout_of, teacher_dtype
 from gskd.stops import Stopped, StopRequest
 from gskd.trainer import build_accelerator, fit
 
@@ -123,8 +124,7 @@ def train_model(
             inference = inference_of(spec)
             if recipe.teacher.precision is not None and recipe.eval.precision is None:
                 inference = replace(inference, dtype=teacher_dtype(recipe))
-            layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-            teacher.to(accelerator.device, memory_format=layout)  # type: ignore[call-overload]
+            teacher.to(accelerator.device, memory_format=layout_of(recipe))  # type: ignore[call-overload]
             counter = progress.counter(f"scoring the teacher on {recipe.data.val}")
             teacher_score = evaluate(teacher, val_data, inference, counter, stop)
             progress.score(f"teacher on {recipe.data.val}", teacher_score)
@@ -170,12 +170,16 @@ def _ready_for_steps(
     """The teacher made fast for the steps of a run; a run that goes on takes the path that it was begun with."""
     images = recipe.train.batch // world_size() // recipe.train.accumulate
     begun = run.teacher_path()
-    for trial in ready_teacher(recipe, distiller, teacher_model, data, images, begun):
+    _say(ready_teacher(recipe, distiller, teacher_model, data, images, begun), distiller.teacher_path, progress)
+    if distiller.teacher_path is not None and rank() == 0 and begun is None:
+        run.keep_teacher_path(distiller.teacher_path)
+
+
+def _say(trials: Sequence[Trial], path: TeacherPath | None, progress: Progress) -> None:
+    for trial in trials:
         progress.say(f"teacher in {trial}")
-    if distiller.teacher_path is not None:
-        progress.say(f"the teacher runs in {distiller.teacher_path}")
-        if rank() == 0 and begun is None:
-            run.keep_teacher_path(distiller.teacher_path)
+    if path is not None:
+        progress.say(f"the teacher runs in {path}")
 
 
 def _unreadable(data: SegmentationDataset, device: torch.device, progress: Progress) -> list[str]:
@@ -233,8 +237,7 @@ def cache_source(recipe: Recipe) -> CacheSource:
     if len(once) < len(recipe.terms):  # several terms need the same of the teacher
         recipe = replace(recipe, terms={name: recipe.terms[name] for name in once.values()})
         distiller, teacher_model = build_distiller(recipe, student, data)
-    layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-    distiller.to(device_of(recipe), memory_format=layout)  # type: ignore[call-overload]
+    distiller.to(device_of(recipe), memory_format=layout_of(recipe))  # type: ignore[call-overload]
     return CacheSource(recipe, distiller, teacher_model, data)
 
 
@@ -258,10 +261,7 @@ def _whole_cache(source: CacheSource, progress: Progress, stop: StopRequest) -> 
             progress.say(line)
     _stop_together(stop)
     if sum_over_processes(torch.tensor(len(cache.missing()), device=source.device)):
-        for trial in source.ready(cache):
-            progress.say(f"teacher in {trial}")
-        if source.distiller.teacher_path is not None:
-            progress.say(f"the teacher runs in {source.distiller.teacher_path}")
+        _say(source.ready(cache), source.distiller.teacher_path, progress)
     fill_cache(cache, source, progress, stop)
     _stop_together(stop)
     cache.require_whole()

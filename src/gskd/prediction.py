@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from gskd.checkpoint import require_new_folder
 from gskd.data.files import IMAGE_SUFFIXES, list_files, read_rgb
 from gskd.errors import GSKDError
 from gskd.evaluation import predict
@@ -64,8 +65,7 @@ def predict_images(
     Raises:
         GSKDError: the output holds anything or cannot be written. Pictures already written stay.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise GSKDError(f"output {output}: expected a new or empty folder, found other files")
+    require_new_folder(output)
     recipe = recipe or run.load_recipe()
     palette = np.array(run.info()["palette"], np.uint8)
     device = device_of(recipe)

@@ -308,6 +308,11 @@ def augmentation_of(recipe: Recipe) -> Augmentation:
     )
 
 
+def layout_of(recipe: Recipe) -> torch.memory_format:
+    """How networks and images lie in memory."""
+    return torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+
+
 def device_of(recipe: Recipe) -> torch.device:
     """Where the recipe's model is scored and used: CUDA where there is one, unless the recipe says cpu."""
     return torch.device("cuda" if recipe.train.device == "auto" and torch.cuda.is_available() else "cpu")

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from torch import Tensor, nn
 
 from gskd.architectures import build_model, require_trusted, without_pretraining
+from gskd.checkpoint import require_new_folder
 from gskd.errors import GSKDError
 from gskd.evaluation import Inference, predict
 from gskd.export import Deployed
@@ -99,7 +100,7 @@ class PretrainedStudent(
             flip=inference.flip,
             facts=_facts(run, recipe, licence),
         )
-        student.network.model.load_state_dict(run.load_model(recipe).state_dict())
+        student.network.model = run.load_model(recipe)
         return student
 
     def forward(self, image: Tensor) -> Tensor:
@@ -173,8 +174,7 @@ def share_run(run: Run, output: Path, licence: str | None = None, push: str | No
     Raises:
         GSKDError: the folder holds anything, the run has no weights, or the hub refuses.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise GSKDError(f"output {output}: expected a new or empty folder, found other files")
+    require_new_folder(output)
     student = PretrainedStudent.from_run(run, licence)
     try:
         student.save_pretrained(output, model_card_kwargs={"place": push or str(output)})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gskd.models import count_parameters
 from gskd.taps import eval_mode
 
 
@@ -31,17 +32,17 @@ def multiply_adds(model: nn.Module, image: Tensor) -> int:
 
 
 @torch.no_grad()
-def latency(model: nn.Module, image: Tensor, repeats: int = 20, warm_up: int = 3) -> Latency:
+def latency(model: Callable[[Tensor], object], image: Tensor, repeats: int = 20, warm_up: int = 3) -> Latency:
     """Measures a forward pass, as the machine is at this moment.
 
     Args:
-        model: put in eval mode while it is measured.
-        image: (B, 3, H, W), on the model's device.
+        model: a network, put in eval mode while it is measured; or any other function of the image.
+        image: on the device where it is measured.
         repeats: passes that count.
         warm_up: passes before them that do not.
     """
     times = []
-    with eval_mode(model):
+    with eval_mode(model) if isinstance(model, nn.Module) else nullcontext():
         for _ in range(warm_up + repeats):
             begun = time.perf_counter()
             model(image)
@@ -50,8 +51,3 @@ def latency(model: nn.Module, image: Tensor, repeats: int = 20, warm_up: int = 3
             times.append(time.perf_counter() - begun)
     counted = times[warm_up:]
     return Latency(float(np.median(counted)), float(np.percentile(counted, 95)))
-
-
-def megabytes(model: nn.Module) -> float:
-    """Of its weights in fp32."""
-    return 4 * count_parameters(model) / 1e6

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gskd.data import IGNORE
 from gskd.errors import GSKDError
-from gskd.evaluation import DIVISOR, Inference
+from gskd.evaluation import Inference, padded, scaled
 from gskd.losses._sampling import class_balanced_sample, read_points
 from gskd.losses.gskd import structural_similarity_map
 from gskd.models import normalise
@@ -83,20 +83,20 @@ class StructureReader:
         """
         device = next(self.model.parameters()).device
         images = normalise(image[None].to(device), self.inference.mean, self.inference.std)
-        size = [max(1, round(side * self.inference.scales[0])) for side in images.shape[-2:]]
-        images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-        padded = [-(-side // DIVISOR) * DIVISOR for side in size]
-        images = F.pad(images, (0, padded[1] - size[1], 0, padded[0] - size[0]))
+        images = scaled(images, self.inference.scales[0])
+        size = images.shape[-2:]
+        images = padded(images)
+        covered = images.shape[-2:]
         with eval_mode(self.model), self.taps as taps:
             self.model(images)
         maps = taps[self.layer].float().cpu()
         if maps.dim() != 4:
             raise GSKDError(f"layer {self.layer!r}: gives {tuple(maps.shape)}, no map; expected (B, C, h, w)")
         # The points as positions in the padded image, which is what the map covers.
-        height, width = (round(points.size[axis] * padded[axis] / size[axis]) for axis in (0, 1))
+        height, width = (round(points.size[axis] * covered[axis] / size[axis]) for axis in (0, 1))
         rows, columns = points.index // points.size[1], points.index % points.size[1]
         read = read_points(maps, (rows * width + columns)[None], (height, width))[0]
-        h, w = (max(1, round(maps.shape[2 + axis] * size[axis] / padded[axis])) for axis in (0, 1))
+        h, w = (max(1, round(maps.shape[2 + axis] * size[axis] / covered[axis])) for axis in (0, 1))
         return read, maps[0, :, :h, :w]
 
 

@@ -29,7 +29,7 @@ from gskd.models import normalise, save_weights
 from gskd.optimization import build_optimizer, learning_rate_factor
 from gskd.progress import Progress
 from gskd.recipe import ModelRecipe, Precision, Recipe, TrainRecipe
-from gskd.run import Run, augmentation_of, inference_of
+from gskd.run import Run, augmentation_of, inference_of, layout_of
 from gskd.step_guard import StepGuard, explain
 from gskd.stops import Stopped, StopRequest
 
@@ -211,7 +211,7 @@ class _Loop:
         self.guard.before_forward()
         for round_ in range(train.accumulate):
             images, labels, *targets = moved(next(views), accelerator.device)
-            inputs = _normalised(images, self.recipe.model, self.teacher_model, train.channels_last)
+            inputs = _normalised(images, self.recipe.model, self.teacher_model, layout_of(self.recipe))
             last_round = round_ == train.accumulate - 1
             with contextlib.nullcontext() if last_round else accelerator.no_sync(model):
                 result: Distillation = _forward(model, inputs, labels, *targets)
@@ -344,10 +344,9 @@ def _batches(
 
 
 def _normalised(
-    images: Tensor, student: ModelRecipe, teacher: ModelRecipe | None, channels_last: bool
+    images: Tensor, student: ModelRecipe, teacher: ModelRecipe | None, layout: torch.memory_format
 ) -> tuple[Tensor, Tensor | None]:
     """The batch as the student wants it, and as the teacher does where that differs."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     student_images = normalise(images, student.mean, student.std).contiguous(memory_format=layout)
     if teacher is None or (teacher.mean, teacher.std) == (student.mean, student.std):
         return student_images, None

@@ -27,17 +27,15 @@ def evaluate_run(
     import json
 
     from gskd.assembly import open_split
-    from gskd.checkpoint import write_text
+    from gskd.checkpoint import require_new_file, write_text
     from gskd.evaluation import evaluate
     from gskd.progress import Progress
     from gskd.run import Run, device_of, inference_of
 
     folder = Run(run)
     recipe = folder.load_recipe(tuple(overrides or ()))
-    if json_file is not None and json_file.exists():
-        raise GSKDError(f"--json {json_file}: exists already; expected a new file")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise GSKDError(f"--json {json_file}: {json_file.parent} is no folder; expected one that exists")
+    if json_file is not None:
+        require_new_file(json_file, "--json")
     data = open_split(recipe, split)
     folder.check_classes(data)
     model = folder.load_model(recipe).to(device_of(recipe))
@@ -94,13 +92,11 @@ def report(
 
     It needs no network and no other file. Beside runs of gskd distill name one of gskd train: differences are to it.
     """
+    from gskd.checkpoint import require_new_file
     from gskd.progress import Progress
     from gskd.report import gather, write_page
 
-    if output.exists():
-        raise GSKDError(f"output {output}: exists already; expected a new file")
-    if not output.parent.is_dir():
-        raise GSKDError(f"output {output}: {output.parent} is no folder; expected one that exists")
+    require_new_file(output)
     overrides = [run for run in runs if "=" in run and not Path(run).exists()]
     folders = [Path(run) for run in runs if run not in overrides]
     if not folders:

@@ -33,11 +33,9 @@ from gskd.comparison.grid import Cell, equal_seconds_cell, equal_steps_cell, sec
 from gskd.comparison.recipe import Comparison
 from gskd.comparison.statistics import Difference, class_iou, image_counts, mean_iou, paired_difference
 from gskd.errors import GSKDError
+from gskd.metrics import RARE_SHARE
 from gskd.progress import Progress
 from gskd.run import Run, device_of, inference_of
-
-RARE_SHARE = 0.01
-"""A class is rare with less than this share of the labelled pixels of the split that is compared."""
 
 
 def write_tables(comparison: Comparison, console: Console) -> dict[str, Any]:

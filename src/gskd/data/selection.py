@@ -13,6 +13,11 @@ from gskd.distributed import rank, sum_over_processes, world_size
 from gskd.errors import GSKDError
 
 
+def spread(length: int, count: int) -> list[int]:
+    """At most ``count`` indices of ``length``, evenly over the whole, ascending."""
+    return sorted(set(np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()))
+
+
 class Selection:
     """Some samples of a dataset, in its order.
 

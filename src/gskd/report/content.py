@@ -15,13 +15,15 @@ from torch.nn import functional as F
 
 from gskd.assembly import build_recipe_model, build_teacher, open_split
 from gskd.data import SegmentationDataset
+from gskd.data.selection import spread
 from gskd.errors import GSKDError
-from gskd.evaluation import DIVISOR, Inference, predict
+from gskd.evaluation import Inference, padded, predict, scaled
 from gskd.layers import auto_tap
+from gskd.metrics import RARE_SHARE
 from gskd.models import count_parameters
 from gskd.recipe import Recipe
 from gskd.run import Run, device_of, inference_of
-from gskd.speed import Latency, latency, multiply_adds
+from gskd.speed import latency, multiply_adds
 from gskd.structure import (
     Points,
     StructureReader,
@@ -32,8 +34,6 @@ from gskd.structure import (
     structure_error,
 )
 
-RARE_SHARE = 0.01
-"""A class is marked rare with less than this share of the labelled pixels of what is scored."""
 _LONGEST = 640  # pixels of a picture's longer side
 _TILE = 48  # of a similarity picture's
 _COUNTED = 200  # images whose pixels say how common a class is
@@ -156,8 +156,8 @@ def gather(
         notes=notes,
         comparison=comparison,
     )
-    chosen = np.linspace(0, len(data) - 1, min(images, len(data))).round().astype(int).tolist()
-    for number, index in enumerate(dict.fromkeys(chosen)):
+    chosen = spread(len(data), images)
+    for number, index in enumerate(chosen):
         on_progress(f"picture {number + 1} of {len(chosen)}")
         content.pictures.append(_picture(data, index, networks))
         if number < explored and len([n for n in networks if n.layer]) > 1:
@@ -343,30 +343,27 @@ def _row(
     """A network's line of the table."""
     on_progress(f"timing {network.name}")
     height, width = data[0].label.shape
-    scale = network.inference.scales[0]
-    size = [-(-round(side * scale) // DIVISOR) * DIVISOR for side in (height, width)]
-    image = torch.randn(1, 3, *size, device=_device(network))
-    seconds: Latency = latency(network.model, image)
+    image = padded(scaled(torch.randn(1, 3, height, width, device=_device(network)), network.inference.scales[0]))
+    seconds = latency(network.model, image)
     row: dict[str, Any] = {
         "name": network.name,
         "parameters": count_parameters(network.model),
         "multiply_adds": multiply_adds(network.model, image),
-        "size": size,
+        "size": list(image.shape[-2:]),
         "median": seconds.median,
         "p95": seconds.p95,
         "miou": {},
         "iou": None,
         "seconds": None,
-        "peak_memory_gib": None,
     }
     errors = np.array([one.error[network.name] for one in content.structures if network.name in one.error])
-    known = (errors == errors).all(axis=1) if len(errors) else []  # a picture of one class has no pair of two
-    row["structure_error"] = errors[known].mean(0).tolist() if any(known) else None
+    finite = np.isfinite(errors).all(axis=1) if len(errors) else []  # a picture of one class has no pair of two
+    row["structure_error"] = errors[finite].mean(0).tolist() if any(finite) else None
     if network.name in results:
         result = results[network.name]
         row["miou"] = {split: score["miou"] for split, score in result["best"].items()}
         row["iou"] = _ious(result["best"].get(content.split), content.classes)
-        row["seconds"], row["peak_memory_gib"] = result["seconds"], result["peak_memory_gib"]
+        row["seconds"] = result["seconds"]
     elif network.name == TEACHER:
         known = next((one["teacher"] for one in results.values() if one.get("teacher")), None) or {}
         row["miou"] = {split: score["miou"] for split, score in known.items()}

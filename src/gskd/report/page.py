@@ -17,8 +17,7 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from gskd.checkpoint import write_text
-from gskd.errors import GSKDError
+from gskd.checkpoint import require_new_file, write_text
 from gskd.report.content import BEFORE, TEACHER, Content
 
 _POINTS_OF_A_CURVE = 300
@@ -35,8 +34,7 @@ def write_page(content: Content, output: Path) -> None:
     Raises:
         GSKDError: the file is there already, or cannot be written.
     """
-    if output.exists():
-        raise GSKDError(f"output {output}: exists already; expected a new file")
+    require_new_file(output)
     here = files("gskd.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # networks stay in their order
@@ -48,8 +46,6 @@ def write_page(content: Content, output: Path) -> None:
         script=Markup((here / "page.js").read_text(encoding="utf-8")),
         data=_data(content),
         curves=[(title, Markup(svg)) for title, svg in _curves(content)],
-        teacher=TEACHER,
-        before=BEFORE,
         baseline=_baseline(content),
     )
     write_text(output, page)
@@ -80,7 +76,6 @@ def _data(content: Content) -> dict[str, Any]:
         "pictures": [
             {
                 "name": picture.name,
-                "size": list(picture.image.shape[:2]),
                 "image": _uri(picture.image, "JPEG"),
                 "labels": {name: _uri(label, "PNG") for name, label in picture.labels.items()},
             }
