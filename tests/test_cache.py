@@ -366,6 +366,7 @@ def test_two_builders_and_a_kill(recipe, tiny, tmp_path):
     assert made(tmp_path) == made(alone)
 
 
+@pytest.mark.slow  # a grid of three runs
 def test_a_comparison_makes_one_cache_for_all(tiny, tmp_path):
     base = write(tmp_path, tiny.teacher, train={"steps": 2})
     tree = {

@@ -18,6 +18,7 @@ from gskd.recipe import load_recipe
 from helpers import (
     STEPS,
     TINY_UNET,
+    assert_refused,
     assert_same_run,
     assert_same_tensors,
     gskd,
@@ -31,7 +32,16 @@ from helpers import (
 )
 
 CAMVID = shipped_legend("camvid")
-SHIPPED = ["scenes", "scenes_teacher", "camvid_teacher", "camvid_student", "camvid_gskd", "cityscapes_r101_r18"]
+SHIPPED = [
+    "scenes",
+    "scenes_teacher",
+    "scenes_long",
+    "scenes_long_teacher",
+    "camvid_teacher",
+    "camvid_student",
+    "camvid_gskd",
+    "cityscapes_r101_r18",
+]
 
 
 # --- train and distill ---
@@ -242,6 +252,55 @@ def test_predict_writes_pictures_of_the_images_size(tiny, tmp_path):
         colour = np.asarray(Image.open(out / "colour" / f"{name}.png"))
         np.testing.assert_array_equal(colour, CAMVID.palette[index])
         assert not np.array_equal(np.asarray(Image.open(out / "overlay" / f"{name}.png")), colour)
+
+
+def write_video(path, frames):
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width = frames[0].shape[:2]
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def test_predict_takes_patterns_and_the_frames_of_a_video_and_writes_what_is_asked(tiny, tmp_path):
+    shades = [np.full((48, 64, 3), shade, np.uint8) for shade in (20, 120, 220)]
+    write_video(tmp_path / "clip.mp4", shades)
+    Image.fromarray(shades[0]).save(tmp_path / "still.png")
+    Image.fromarray(shades[0]).save(tmp_path / "other.bmp")
+    out = tmp_path / "out"
+    wanted = ["--write", "probability", "--write", "index", "--set", "eval.mode=slide", "--set", "eval.window=[32,32]"]
+    said = gskd_ok("predict", tiny.distilled, tmp_path / "clip.mp4", tmp_path / "*.png", "-o", out, *wanted)
+    assert said.out.startswith("4 images")
+    assert {path.name for path in out.iterdir()} == {"index", "probability"}
+    names = {"clip_000000", "clip_000001", "clip_000002", "still"}
+    assert {path.stem for path in (out / "probability").iterdir()} == names
+    for name in names:
+        share = np.load(out / "probability" / f"{name}.npy")
+        assert (share.shape, share.dtype) == ((11, 48, 64), np.float16)
+        np.testing.assert_allclose(share.sum(0, dtype=np.float32), 1, atol=5e-3)
+        index = np.asarray(Image.open(out / "index" / f"{name}.png"))
+        best = np.take_along_axis(share, index[None].astype(int), axis=0)[0]
+        np.testing.assert_array_equal(best, share.max(axis=0))  # fp16 may tie
+
+
+def test_predicted_probabilities_of_averages_are_not_passed_through_softmax_again(tiny, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / "a.png")
+    shares = []
+    for name, scales in (("one", "[1.0]"), ("twice", "[1.0,1.0]")):
+        arguments = ["--write", "probability", "--set", f"eval.scales={scales}"]
+        gskd_ok("predict", tiny.distilled, tmp_path / "a.png", "-o", tmp_path / name, *arguments)
+        shares.append(np.load(tmp_path / name / "probability" / "a.npy"))
+    np.testing.assert_allclose(shares[1], shares[0], atol=2e-3)
+
+
+def test_what_is_no_video_is_left_out_and_named(tiny, tmp_path):
+    write_video(tmp_path / "clip.mkv", [np.zeros((48, 64, 3), np.uint8)] * 2)
+    (tmp_path / "none.mp4").write_bytes(b"no video")
+    refused = gskd("predict", tiny.distilled, tmp_path / "clip.mkv", tmp_path / "none.mp4", "-o", tmp_path / "out")
+    assert_refused(refused, "1 of 2 files left out", "none.mp4: not a readable video")
+    assert len(list((tmp_path / "out" / "index").iterdir())) == 2
 
 
 def test_data_check_of_good_data(tiny):

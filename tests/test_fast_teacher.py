@@ -178,6 +178,7 @@ def test_a_run_takes_what_it_was_begun_with_again(tiny, tmp_path, monkeypatch):
     assert_same_run(run, tmp_path / "whole")
 
 
+@pytest.mark.slow  # probes three times
 def test_a_cache_is_filled_on_the_fastest_path(tiny, tmp_path, monkeypatch):
     prefer(TeacherPath(BF16, True, True), monkeypatch)
     cache = [f"teacher.cache={tmp_path / 'cache'}", "augment.views=2", "teacher.precision=auto"]

@@ -61,6 +61,7 @@ def test_torchrun_makes_one_run(two, tiny):
     assert (recipe["kind"], recipe["classes"]) == (one["kind"], one["classes"])
 
 
+@pytest.mark.slow  # several processes, several times
 def test_two_processes_fill_one_cache_and_train_from_it(tiny, tmp_path):
     arguments = [tiny.recipe, f"teacher.cache={tmp_path / 'cache'}", "augment.views=12", "data.options.length=24"]
     code, _, err = torchrun("distill", *arguments, f"output={tmp_path / 'two'}", "terms.gskd=null", "terms.memory=null")

@@ -276,6 +276,7 @@ def test_a_mistake_found_in_the_first_step_does_not_block_the_folder(recipe, tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # four processes
 def test_killed_again_and_again(recipe, tmp_path, monkeypatch):
     """Ten images, four a step: twice within an epoch, in the step that two epochs share, where one ends, in a score."""
     same = ["data.options.length=10", "train.checkpoint_every=1"]

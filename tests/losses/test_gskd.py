@@ -170,8 +170,15 @@ def test_projector_sees_valid_points_alone():
     )
 
 
-@pytest.mark.parametrize("projector", [False, True])
-@pytest.mark.parametrize("policy", ["repeat", "fill"])
+@pytest.mark.parametrize(
+    ("projector", "policy"),
+    [
+        (True, "fill"),
+        pytest.param(False, "fill", marks=pytest.mark.slow),  # ten seconds each
+        pytest.param(True, "repeat", marks=pytest.mark.slow),
+        pytest.param(False, "repeat", marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_into_one_graph(projector, policy):
     torch.compiler.reset()
     term = GSKDLoss(50, 400, policy=policy, projector=projector, student_channels=4, teacher_channels=6, max_classes=2)

@@ -37,8 +37,8 @@ RecipeName = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="A YAML file, or the name of a shipped recipe: scenes, scenes_teacher, camvid_teacher, camvid_student,"
-        " camvid_gskd, cityscapes_r101_r18.",
+        help="A YAML file, or the name of a shipped recipe: scenes, scenes_teacher, scenes_long, scenes_long_teacher,"
+        " camvid_teacher, camvid_student, camvid_gskd, cityscapes_r101_r18.",
     ),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by train or distill.")]

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from gskd.cli.options import AllowImports, Overrides, RunFolder, console
-from gskd.errors import GSKDError
+from gskd.errors import GSKDError, count
+from gskd.prediction import PICTURES, Kind, find_images, predict_images
 
 
 def evaluate_run(
@@ -48,30 +49,39 @@ def evaluate_run(
 
 def predict_run(
     run: RunFolder,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files or folders of images.")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGES...", help="Images, videos, folders of them, or patterns.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the label maps.")],
+    write: Annotated[
+        list[Kind] | None, typer.Option(help="What to write; repeat it for more. All but probability by default.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the run's recipe, e.g. eval.flip=true."),
     ] = None,
     allow_imports: AllowImports = False,
 ) -> None:
-    """Segment images: index PNGs, colour PNGs and overlays, each of its image's size.
+    """Segment images and frames of videos: index and colour PNGs, overlays, probabilities, each of its image's size.
 
-    Images that cannot be read are left out and named at the end, with exit code 2.
+    Large images: --set eval.mode=slide, in overlapping windows. What cannot be read is left out and named at the end,
+    with exit code 2.
     """
-    from gskd.prediction import find_images, predict_images
     from gskd.progress import Progress
     from gskd.run import Run
 
+    kinds = tuple(dict.fromkeys(write or PICTURES))
     found = find_images(images)
     recipe = Run(run).load_recipe(tuple(overrides or ()))
     with Progress(console) as progress:
-        unreadable = predict_images(Run(run), found, output, recipe, progress.counter("predicting"))
-    folders = ", ".join(str(output / kind) for kind in ("index", "colour", "overlay"))
-    console.print(f"{len(found) - len(unreadable)} images: {folders}", markup=False, soft_wrap=True)
+        counter = progress.counter("predicting")
+        predicted, unreadable = predict_images(Run(run), found, output, recipe, counter, kinds)
+    folders = ", ".join(str(output / kind.value) for kind in kinds)
+    console.print(f"{count(predicted, 'image')}: {folders}", markup=False, soft_wrap=True)
     if unreadable:
-        raise GSKDError(f"predict: {len(unreadable)} of {len(found)} images left out: " + "; ".join(unreadable[:3]))
+        raise GSKDError(
+            f"predict: {len(unreadable)} of {count(len(found), 'file')} left out: " + "; ".join(unreadable[:3])
+        )
 
 
 def report(

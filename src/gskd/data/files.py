@@ -1,17 +1,19 @@
 """Finding image and mask files that belong together, and decoding them: what the datasets on disk are made of.
 
-Everything is decoded with Pillow, as stored: an EXIF orientation is never applied, because masks carry none and the
-pair would come apart.
+Pictures are decoded with Pillow, videos with PyAV, as stored: an EXIF orientation is never applied, because masks carry
+none and the pair would come apart.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 from difflib import get_close_matches
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,6 +22,7 @@ from gskd.errors import GSKDError, count, few, near_names
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MASK_SUFFIXES = (".png",)
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
 # What Pillow's decoders let through for damaged files, beyond OSError.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -118,6 +121,29 @@ def read_rgb(path: Path | Stored) -> np.ndarray:
             return np.array((image.convert("RGBA") if image.mode == "P" else image).convert("RGB"))
     except _DECODE_ERRORS as error:
         raise GSKDError(f"{path}: not a readable image: {_one_line(error)}") from error
+
+
+def read_frames(path: Path) -> Iterator[np.ndarray]:
+    """The frames of a video in order, (H, W, 3) uint8 each, as stored: a rotation for display is not applied.
+
+    Raises:
+        GSKDError: PyAV is missing, or the file is no video; when it is damaged further on, after the frames before.
+    """
+    try:
+        av: Any = import_module("av")
+    except ImportError:
+        raise GSKDError(f"{path}: reading a video needs PyAV, pip install 'gskd[video]'") from None
+    number = 0
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")
+                number += 1
+    except (av.FFmpegError, IndexError) as error:  # IndexError: it holds sound alone
+        what = "not a readable video" if not number else f"not readable after {count(number, 'frame')}"
+        raise GSKDError(f"{path}: {what}: {_one_line(error)}") from None
+    if not number:
+        raise GSKDError(f"{path}: a video without a frame")
 
 
 def read_index(path: Path | Stored) -> np.ndarray:

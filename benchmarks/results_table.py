@@ -1,6 +1,6 @@
-"""The CamVid table of the README, from the results.json files of ``gskd compare`` that are kept beside this script.
+"""The tables of the documentation, from the results.json files of ``gskd compare`` that are kept beside this script.
 
-    python benchmarks/camvid_table.py benchmarks/results/camvid.json
+    python benchmarks/results_table.py benchmarks/results/camvid.json
 
 Each file is one sitting: a teacher of its own and some seeds, all variants of a seed against the same teacher. Rows
 give every seed and the mean; differences to the baseline are paired within a sitting.
@@ -13,6 +13,8 @@ import json
 import statistics
 from pathlib import Path
 from typing import Any
+
+from gskd.losses import LOSSES
 
 
 def main() -> None:
@@ -33,7 +35,13 @@ def main() -> None:
         cells = [listed([score for row in rows for score in row["miou"][each].values()]) for each in splits]
         seeds = sum(len(row["seeds"]) for row in rows)
         differences = "; ".join(filter(None, map(difference, rows)))
-        print("|", " | ".join([name.replace("_", " + "), str(seeds), *cells, differences]), "|")
+        print("|", " | ".join([titled(name), str(seeds), *cells, differences]), "|")
+
+
+def titled(name: str) -> str:
+    """ "kd + gskd" for "kd_gskd", and "weight 10" for "weight_10"."""
+    parts = name.split("_")
+    return (" + " if LOSSES.keys() >= set(parts) else " ").join(parts)
 
 
 def listed(scores: list[float]) -> str:
