@@ -23,19 +23,25 @@ def main() -> None:
     sittings = [json.loads(file.read_text()) for file in parser.parse_args().files]
     split, baseline = sittings[0]["compared_on"], sittings[0]["baseline"]
     splits = list(sittings[0]["rows"][0]["miou"])
-    columns = ["", "seeds", *(f"{name} mIoU" for name in splits), f"difference to {baseline} on {split}"]
+    columns = [
+        "",
+        "seeds",
+        *(f"{name} mIoU" for name in splits),
+        f"difference to {baseline} on {split}",
+        "on the rare classes",
+    ]
     print("|", " | ".join(columns), "|")
     print("|" + "---|" * len(columns))
     teachers = [sitting["teacher"] for sitting in sittings]
     cells = [listed([teacher[name] for teacher in teachers]) if name in teachers[0] else "-" for name in splits]
-    print("|", " | ".join(["teacher", str(len(teachers)), *cells, ""]), "|")
+    print("|", " | ".join(["teacher", str(len(teachers)), *cells, "", ""]), "|")
     names = list(dict.fromkeys(row["variant"] for sitting in sittings for row in sitting["rows"]))
     for name in names:
         rows = [row for s in sittings for row in s["rows"] if row["variant"] == name and row["round"] == "steps"]
         cells = [listed([score for row in rows for score in row["miou"][each].values()]) for each in splits]
         seeds = sum(len(row["seeds"]) for row in rows)
-        differences = "; ".join(filter(None, map(difference, rows)))
-        print("|", " | ".join([titled(name), str(seeds), *cells, differences]), "|")
+        differences = ["; ".join(filter(None, (difference(row, part) for row in rows))) for part in ("all", "rare")]
+        print("|", " | ".join([titled(name), str(seeds), *cells, *differences]), "|")
 
 
 def titled(name: str) -> str:
@@ -50,11 +56,11 @@ def listed(scores: list[float]) -> str:
     return mean if len(scores) == 1 else f"{mean} ({', '.join(f'{100 * score:.1f}' for score in scores)})"
 
 
-def difference(row: dict[str, Any]) -> str:
+def difference(row: dict[str, Any], part: str) -> str:
     """With its interval, for one sitting; empty for the baseline."""
-    if not row["difference"]:
+    if not row["difference"] or part not in row["difference"]:
         return ""
-    found = row["difference"]["all"]
+    found = row["difference"][part]
     return f"{100 * found['mean']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -74,6 +75,14 @@ def test_a_small_network_at_sizes_that_were_not_traced(tmp_path, ending):
     for shape in ((1, 3, 64, 64), (3, 3, 71, 133)):
         images = torch.randint(0, 256, shape, dtype=torch.uint8)
         torch.testing.assert_close(network(images), model(images), atol=1e-5, rtol=1e-5)
+
+
+def test_the_free_sizes_of_an_onnx_file_have_names(tmp_path):
+    model = Deployed(nn.Conv2d(3, 2, 1), MEAN, STD).eval()
+    for fixed, sizes in ((False, ["height", "width"]), (True, [64, 96])):
+        path = export_model(model, tmp_path / f"{fixed}.onnx", (64, 96), fixed).path
+        (image,) = onnxruntime.InferenceSession(path).get_inputs()
+        assert (image.name, image.shape) == ("image", ["batch", 3, *sizes])
 
 
 @pytest.mark.parametrize(

@@ -196,9 +196,9 @@ def _traced(size: tuple[int, int]) -> tuple[int, int]:
     return max(size[0], 3 * DIVISOR), max(size[1], 3 * DIVISOR)
 
 
-def _free(fixed: bool) -> dict[int, Any]:
-    free = torch.export.Dim.DYNAMIC
-    return {0: free} if fixed else {0: free, 2: free, 3: free}
+def _free(fixed: bool) -> dict[int, str]:
+    """The dimensions of the image that are free, and what they are called in the file."""
+    return {0: "batch"} if fixed else {0: "batch", 2: "height", 3: "width"}
 
 
 def _write_onnx(model: Deployed, path: Path, size: tuple[int, int], fixed: bool, facts: Mapping[str, str]) -> None:
@@ -227,7 +227,8 @@ def _write_onnx(model: Deployed, path: Path, size: tuple[int, int], fixed: bool,
 def _write_program(model: Deployed, path: Path, size: tuple[int, int], fixed: bool, facts: Mapping[str, str]) -> None:
     try:
         with quietly():
-            program = torch.export.export(model, (_example(size, fixed),), dynamic_shapes=(_free(fixed),))
+            free = dict.fromkeys(_free(fixed), torch.export.Dim.DYNAMIC)
+            program = torch.export.export(model, (_example(size, fixed),), dynamic_shapes=(free,))
             torch.export.save(program, path, extra_files={f"gskd.{key}": value for key, value in facts.items()})
     except OSError:
         raise
