@@ -13,13 +13,14 @@ WIDTHS = {"student_channels": CLASSES, "teacher_channels": CLASSES}
 BANKS = {"pixel_bank": 50, "region_bank": 20, "pixel_contrast": 30, "region_contrast": 20}
 OPTIONS = {
     "gskd": {"samples_per_class": 4},
+    "gskd_logits": {"samples_per_class": 4},
     "kd_top": {"top": 3},
     "adversarial": {"num_classes": CLASSES, "width": 4},
     "cirkd_memory": {**WIDTHS, **BANKS, "num_classes": CLASSES, "samples_per_class": 4},
     "mgd": WIDTHS,
     "afdcd": {**WIDTHS, "groups": 5, "pool": 1, "patch": 2},
 }
-LOGITS = {"kd", "kd_top", "cwd", "dist", "bpkd", "csd", "adversarial"}
+LOGITS = {"gskd_logits", "kd", "kd_top", "cwd", "dist", "bpkd", "csd", "adversarial"}
 LEVELS = {"psd"}
 LEARNED = {"mgd", "afdcd", "cirkd_memory", "adversarial"}  # a layer of their own stands between student and teacher
 

@@ -16,6 +16,7 @@ from gskd.losses.cross_image import CIRKDLoss, CIRKDMemoryLoss, cross_image_loss
 from gskd.losses.features import ATLoss, AttnFDLoss, CWDLoss, MSELoss, at_loss, attnfd_loss, cwd_loss, mse_loss
 from gskd.losses.generative import AFDCDLoss, MGDLoss, omni_contrast
 from gskd.losses.gskd import GSKDLoss, gskd_loss
+from gskd.losses.gskd_logits import LogitGSKDLoss
 from gskd.losses.logits import BPKDLoss, DISTLoss, KDLoss, bpkd_loss, dist_loss, kd_loss
 from gskd.losses.relations import (
     CSDLoss,
@@ -31,6 +32,7 @@ from gskd.losses.top_classes import TopKDLoss, top_kd_loss
 
 LOSSES: dict[str, type[nn.Module]] = {
     "gskd": GSKDLoss,
+    "gskd_logits": LogitGSKDLoss,
     "kd": KDLoss,
     "kd_top": TopKDLoss,
     "mse": MSELoss,
@@ -66,6 +68,7 @@ __all__ = [
     "GSKDLoss",
     "IFVDLoss",
     "KDLoss",
+    "LogitGSKDLoss",
     "MGDLoss",
     "MSELoss",
     "PSDLoss",

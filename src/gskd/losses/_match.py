@@ -110,14 +110,23 @@ def match_maps(
 
 def match_logits(name: str, student: Tensor, teacher: Tensor, pixels: Pixels) -> tuple[Tensor, Tensor]:
     """As ``match_maps``, for logits: nothing can stand in for a class that one of the two does not know."""
+    require_logits(name, student, teacher, pixels)
+    size = (teacher.shape[2], teacher.shape[3])
+    return match_size(student, size), pixels.valid_at(size)
+
+
+def require_logits(name: str, student: Tensor, teacher: Tensor, pixels: Pixels) -> None:
+    """Checks that student, teacher and labels are maps of the same images, and of the same number of classes.
+
+    Raises:
+        GSKDError: they are not.
+    """
     require_pair(student, teacher, pixels)
     if student.shape[1] != teacher.shape[1]:
         raise GSKDError(
             f"{name}: student logits have {student.shape[1]} classes, teacher logits {teacher.shape[1]}; "
             "expected the same number"
         )
-    size = (teacher.shape[2], teacher.shape[3])
-    return match_size(student, size), pixels.valid_at(size)
 
 
 def require_positive(name: str, value: float) -> None:

@@ -10,7 +10,7 @@ Shape suffixes: B images, N points per class, M points, C channels, G groups, S 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -292,8 +292,16 @@ class GSKDLoss(nn.Module):
         return self.compare(student, self.target(teacher, pixels), pixels)
 
     @torch.no_grad()
-    def target(self, teacher: Tensor, pixels: Pixels) -> StructuralTarget:
-        """Samples the points and reads the teacher there; what does not change when the student does."""
+    def target(
+        self, teacher: Tensor, pixels: Pixels, describe: Callable[[Tensor], Tensor] = promote
+    ) -> StructuralTarget:
+        """Samples the points and reads the teacher there; what does not change when the student does.
+
+        Args:
+            teacher: (B, C, h, w).
+            pixels: labels and, with ``only_correct``, the teacher's logits.
+            describe: makes of what was read (B, M, C) what is compared (B, M, C').
+        """
         if pixels.num_classes is None:
             raise GSKDError("gskd: unknown number of classes, expected Pixels(labels, teacher_logits) or num_classes=K")
         require_maps("teacher", teacher, batch=pixels.labels.shape[0])
@@ -302,11 +310,17 @@ class GSKDLoss(nn.Module):
         with torch.autocast(teacher.device.type, enabled=False):
             eligible = pixels.teacher_correct_at(size) if self.only_correct else pixels.valid_at(size)
             sample = self._sample(pixels.labels_at(size), eligible, pixels.num_classes)
-            similarity = structural_similarity_map(read_points(teacher, sample.index), sample.valid)
+            similarity = structural_similarity_map(describe(read_points(teacher, sample.index)), sample.valid)
         return StructuralTarget(sample.index, sample.valid, sample.class_count, similarity, size)
 
-    def compare(self, student: Tensor, target: StructuralTarget, pixels: Pixels) -> Tensor:
-        """The scalar loss against a target made before; the descriptors are drawn anew in every call."""
+    def compare(
+        self,
+        student: Tensor,
+        target: StructuralTarget,
+        pixels: Pixels,
+        describe: Callable[[Tensor], Tensor] = promote,
+    ) -> Tensor:
+        """The scalar loss against a target made before with the same ``describe``; descriptors are drawn anew."""
         require_maps("student", student, batch=target.index.shape[0])
         index, valid = target.index, target.valid
         with torch.autocast(student.device.type, enabled=False):
@@ -316,7 +330,7 @@ class GSKDLoss(nn.Module):
                 groups = group_columns(order, valid, target.class_count, (self.samples_per_class, slots))
             else:
                 groups = group_columns(order, valid, index.shape[1] if self.group_size == "all" else self.group_size)
-            points = promote(read_points(student, index, target.size))
+            points = describe(read_points(student, index, target.size))
             if self.projector is not None:
                 require_maps("gskd: student", student, channels=self.projector.enter.in_features)
                 points = self.projector(points, valid)
