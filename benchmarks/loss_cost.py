@@ -34,6 +34,7 @@ from gskd.losses import (
     GSKDLoss,
     IFVDLoss,
     KDLoss,
+    LogitGSKDLoss,
     MGDLoss,
     MSELoss,
     Pixels,
@@ -128,6 +129,7 @@ def main() -> None:
         "kd": (KDLoss(), *logits),
         "kd_top": (TopKDLoss(), *logits),
         "gskd": (GSKDLoss(args.samples_per_class), *features),
+        "gskd_logits": (LogitGSKDLoss(args.samples_per_class), *logits),
         "gskd, projector": (GSKDLoss(args.samples_per_class, projector=True, **widths), *features),
         "mse": (MSELoss(**widths), *features),
         "at": (ATLoss(), *features),
@@ -147,7 +149,9 @@ def main() -> None:
         "attnfd": (AttnFDLoss(**widths), *features),
     }
     # The same as from a teacher cache: which points, and how similar the teacher finds them, is known.
-    terms["gskd, cached"] = (Cached(terms["gskd"][0], teacher, Pixels(labels, teacher_logits)), student, None)
+    for name in ("gskd", "gskd_logits"):
+        term, leaf, target = terms[name]
+        terms[f"{name}, cached"] = (Cached(term, target, Pixels(labels, teacher_logits)), leaf, None)
     if args.terms:
         terms = {name: term for name, term in terms.items() if name.split(",")[0] in {*args.terms, "kd"}}
 
@@ -173,13 +177,13 @@ def main() -> None:
     print(f"{hardware}, {args.threads} threads; torch {torch.__version__}; commit {commit()}")
     print(f"B {args.batch}, C {args.teacher_channels} -> {args.student_channels}, {args.height}x{args.width}, ", end="")
     print(f"{args.classes} classes, N {args.samples_per_class}, {args.layout}; median of {args.repeats}")
-    print(f"{'term':18s}{'ms':>8s}{'fastest':>9s}{'x KD':>7s}{'peak MiB':>10s}")
+    print(f"{'term':20s}{'ms':>8s}{'fastest':>9s}{'x KD':>7s}{'peak MiB':>10s}")
     kd = median(times["kd"])
     for name, inputs in terms.items():
         student.grad = student_logits.grad = None
         middle = median(times[name])
         memory = peak_memory(lambda inputs=inputs: step(*inputs), args.device)
-        print(f"{name:18s}{1e3 * middle:8.2f}{1e3 * min(times[name]):9.2f}{middle / kd:7.2f}{memory:10.1f}")
+        print(f"{name:20s}{1e3 * middle:8.2f}{1e3 * min(times[name]):9.2f}{middle / kd:7.2f}{memory:10.1f}")
 
 
 if __name__ == "__main__":
