@@ -45,9 +45,10 @@ def main() -> None:
 
 
 def titled(name: str) -> str:
-    """ "kd + gskd" for "kd_gskd", and "weight 10" for "weight_10"."""
-    parts = name.split("_")
-    return (" + " if LOSSES.keys() >= set(parts) else " ").join(parts)
+    """"kd + gskd_logits" for "kd_gskd_logits", and "weight 10" for "weight_10"."""
+    parts = name.replace("gskd_logits", "gskd-logits").split("_")
+    terms = [part.replace("-", "_") for part in parts]
+    return " + ".join(terms) if LOSSES.keys() >= set(terms) else " ".join(parts)
 
 
 def listed(scores: list[float]) -> str:

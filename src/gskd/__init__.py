@@ -14,7 +14,7 @@ from gskd.distiller import Distillation, Distiller, Term, TermValue
 from gskd.errors import GSKDError
 from gskd.evaluation import Inference, evaluate, predict
 from gskd.layers import auto_tap
-from gskd.losses import LOSSES, GSKDLoss, KDLoss, MSELoss, Pixels, gskd_loss, kd_loss, mse_loss
+from gskd.losses import LOSSES, GSKDLoss, KDLoss, LogitGSKDLoss, MSELoss, Pixels, gskd_loss, kd_loss, mse_loss
 from gskd.losses.gskd import class_balanced_sample, structural_similarity_map, sub_image_descriptors
 from gskd.metrics import ConfusionMatrix, Score
 from gskd.models import load_weights, save_weights
@@ -34,6 +34,7 @@ __all__ = [
     "GSKDLoss",
     "Inference",
     "KDLoss",
+    "LogitGSKDLoss",
     "MSELoss",
     "Pixels",
     "Recipe",

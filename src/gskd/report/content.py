@@ -191,7 +191,9 @@ def _shown(folder: Path, results: dict[str, Any]) -> list[Path]:
     ranked = sorted(steps, key=lambda row: -float(np.mean(list(row["miou"][split].values()))))
     others = [row["variant"] for row in ranked if row["variant"] != results["baseline"]]
     with_gskd = {
-        row["variant"] for row in ranked if any((term["loss"] or name) == "gskd" for name, term in row["terms"].items())
+        row["variant"]
+        for row in ranked
+        if any((term["loss"] or name) in ("gskd", "gskd_logits") for name, term in row["terms"].items())
     }
     structural = [name for name in others if name in with_gskd]
     chosen = others[:3] if not structural or structural[0] in others[:3] else [*others[:2], structural[0]]
