@@ -195,7 +195,7 @@ teacher:
   #   weights: teacher.safetensors
 terms:
   dist: {{weight: 1}}
-  gskd: {{weight: 10}}
+  gskd_logits: {{weight: 10}}
 train:
   steps: 10000
   batch: 8
