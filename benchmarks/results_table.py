@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def titled(name: str) -> str:
-    """"kd + gskd_logits" for "kd_gskd_logits", and "weight 10" for "weight_10"."""
+    """ "kd + gskd_logits" for "kd_gskd_logits", and "weight 10" for "weight_10"."""
     parts = name.replace("gskd_logits", "gskd-logits").split("_")
     terms = [part.replace("-", "_") for part in parts]
     return " + ".join(terms) if LOSSES.keys() >= set(terms) else " ".join(parts)

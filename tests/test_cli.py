@@ -295,6 +295,17 @@ def test_predicted_probabilities_of_averages_are_not_passed_through_softmax_agai
     np.testing.assert_allclose(shares[1], shares[0], atol=2e-3)
 
 
+def test_nothing_predicted_is_written_over(tiny, tmp_path):
+    write_video(tmp_path / "clip.mp4", [np.zeros((48, 64, 3), np.uint8)] * 2)
+    for name in ("clip_000000", "clip_1"):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+    refused = gskd("predict", tiny.distilled, tmp_path, "-o", tmp_path / "out")
+    assert_refused(refused, "a frame of", "clip.mp4 and", "would both be written as clip_000000")
+    assert not (tmp_path / "out").exists()
+    twice = [tmp_path / "clip_1.png", tmp_path / "*_1.png", tmp_path / "clip.mp4"]
+    assert gskd_ok("predict", tiny.distilled, *twice, "-o", tmp_path / "out").out.startswith("3 images")
+
+
 def test_what_is_no_video_is_left_out_and_named(tiny, tmp_path):
     write_video(tmp_path / "clip.mkv", [np.zeros((48, 64, 3), np.uint8)] * 2)
     (tmp_path / "none.mp4").write_bytes(b"no video")

@@ -11,6 +11,7 @@ from gskd.losses import LOSSES, Pixels
 WIDTHS = {"student_channels": 3, "teacher_channels": 3}
 OPTIONS = {  # with nothing drawn at random, as processes draw for themselves
     "gskd": {"samples_per_class": 30, "group_size": 90, "policy": "mask", "projector": True, **WIDTHS},
+    "gskd_logits": {"samples_per_class": 30, "group_size": 90, "policy": "mask"},
     "mgd": {**WIDTHS, "mask_ratio": 0.0},
     "afdcd": {**WIDTHS, "mask_ratio": 0.0, "groups": 3, "pool": 1, "patch": 2},
     "cirkd_memory": {**WIDTHS, "num_classes": 3, "samples_per_class": 30, "pixel_contrast": 6000},

@@ -35,6 +35,8 @@ class Kind(Enum):
 
 PICTURES = (Kind.index, Kind.colour, Kind.overlay)
 
+_DIGITS = 6  # of a frame's number in its name
+
 
 def find_images(sources: Sequence[Path]) -> list[Path]:
     """Images and videos among files, folders (not their subfolders) and patterns (``photos/*.jpg``), sorted in each.
@@ -43,11 +45,12 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
         GSKDError: a source does not exist, a folder holds neither, or two files would get the same name.
     """
     found: list[Path] = []
+    known = IMAGE_SUFFIXES + VIDEO_SUFFIXES
     for source in sources:
         if source.is_dir():
-            inside = list_files(source, IMAGE_SUFFIXES + VIDEO_SUFFIXES)
+            inside = list_files(source, known)
             if not inside:
-                raise GSKDError(f"images {source}: no image in this folder; expected {', '.join(IMAGE_SUFFIXES)}")
+                raise GSKDError(f"images {source}: no image in this folder; expected {', '.join(known)}")
             found += inside
         elif source.is_file():
             found.append(source)
@@ -55,11 +58,16 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
             found += matching
         else:
             raise GSKDError(f"images {source}: no such file or folder")
+    found = list({path.resolve(): path for path in found}.values())  # a pattern may name what its folder holds
     names: dict[str, Path] = {}
     for path in found:
         if path.stem in names:
-            raise GSKDError(f"images: {names[path.stem]} and {path} would both be written as {path.stem}.png")
+            raise GSKDError(f"images: {names[path.stem]} and {path} would both be written as {path.stem}")
         names[path.stem] = path
+    for path in found:
+        video, _, number = path.stem.rpartition("_")
+        if len(number) >= _DIGITS and number.isdecimal() and video in names and _is_video(names[video]):
+            raise GSKDError(f"images: a frame of {names[video]} and {path} would both be written as {path.stem}")
     return found
 
 
@@ -131,8 +139,12 @@ def predict_images(
 
 def _pictures(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Names and (H, W, 3) uint8 pictures of an image or a video."""
-    if path.suffix.lower() not in VIDEO_SUFFIXES:
+    if not _is_video(path):
         yield path.stem, read_rgb(path)
         return
     for number, frame in enumerate(read_frames(path)):
-        yield f"{path.stem}_{number:06d}", frame
+        yield f"{path.stem}_{number:0{_DIGITS}d}", frame
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES

@@ -174,7 +174,7 @@ BEFORE_TRAINING = {
     "json nowhere": ("eval @/teacher --json @/no/score.json", "no is no folder"),
     "image missing": ("predict @/teacher @/no.png -o @/out", "no.png: no such file or folder"),
     "folder empty": ("predict @/teacher @/empty -o @/out", "empty: no image in this folder"),
-    "same name": ("predict @/teacher @/good/images/train @/good/images/val -o @/out", "would both be written as 0.png"),
+    "same name": ("predict @/teacher @/good/images/train @/good/images/val -o @/out", "would both be written as 0"),
     "predict full": ("predict @/teacher @/good/images/val -o @/foreign", "foreign: expected a new or empty folder"),
     "predict below a file": ("predict @/teacher @/good/images/val -o @/file/out", "file/out: cannot be written"),
     "predict no run": ("predict @/empty @/good/images/val -o @/out", "empty: holds no recipe.yaml"),

@@ -84,6 +84,19 @@ def test_networks_of_other_classes_are_refused():
         LogitGSKDLoss()(student[:, :2], teacher, Pixels(labels, teacher))
 
 
+def test_maps_that_are_no_logits_are_refused():
+    student, teacher, labels = batch()
+    with pytest.raises(GSKDError, match="gskd_logits: reads maps of 2 channels where there are 3 classes"):
+        LogitGSKDLoss()(student[:, :2], teacher[:, :2], Pixels(labels, teacher))
+
+
+@pytest.mark.parametrize("loss", [GSKDLoss, LogitGSKDLoss])
+def test_a_teacher_that_is_not_a_number_shows(loss):
+    student, teacher, labels = batch()
+    teacher[:, 0] = torch.nan
+    assert loss()(student, teacher, Pixels(labels, teacher)).isnan()
+
+
 def test_its_targets_are_no_others():
     assert LogitGSKDLoss().target_settings() != GSKDLoss().target_settings()
     assert LogitGSKDLoss(4).target_settings() != LogitGSKDLoss().target_settings()

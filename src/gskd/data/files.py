@@ -136,14 +136,17 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
     number = 0
     try:
         with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise GSKDError(f"{path}: not a readable video: it holds no pictures")
             for frame in container.decode(video=0):
                 yield frame.to_ndarray(format="rgb24")
                 number += 1
-    except (av.FFmpegError, IndexError) as error:  # IndexError: it holds sound alone
+    except (av.FFmpegError, IndexError) as error:  # a damaged index of frames is an IndexError
+        reason = _one_line(error) if isinstance(error, av.FFmpegError) else "it is damaged"
         what = "not a readable video" if not number else f"not readable after {count(number, 'frame')}"
-        raise GSKDError(f"{path}: {what}: {_one_line(error)}") from None
+        raise GSKDError(f"{path}: {what}: {reason}") from None
     if not number:
-        raise GSKDError(f"{path}: a video without a frame")
+        raise GSKDError(f"{path}: not a readable video: it holds no pictures")
 
 
 def read_index(path: Path | Stored) -> np.ndarray:

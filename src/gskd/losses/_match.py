@@ -116,7 +116,7 @@ def match_logits(name: str, student: Tensor, teacher: Tensor, pixels: Pixels) ->
 
 
 def require_logits(name: str, student: Tensor, teacher: Tensor, pixels: Pixels) -> None:
-    """Checks that student, teacher and labels are maps of the same images, and of the same number of classes.
+    """Checks that student and teacher are maps of the same images, with a channel for each class.
 
     Raises:
         GSKDError: they are not.
@@ -126,6 +126,11 @@ def require_logits(name: str, student: Tensor, teacher: Tensor, pixels: Pixels) 
         raise GSKDError(
             f"{name}: student logits have {student.shape[1]} classes, teacher logits {teacher.shape[1]}; "
             "expected the same number"
+        )
+    if pixels.num_classes not in (None, student.shape[1]):
+        raise GSKDError(
+            f"{name}: reads maps of {student.shape[1]} channels where there are {pixels.num_classes} classes; expected"
+            " logits"
         )
 
 

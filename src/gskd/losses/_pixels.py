@@ -94,7 +94,7 @@ class Pixels:
             logits, valid = self._teacher_logits_at(size), self.valid_at(size)
             classes = self.labels_at(size).clamp(0, logits.shape[1] - 1)
             own = logits.gather(1, classes.unsqueeze(1)).squeeze(1)
-            kept = (own >= logits.amax(dim=1)) & valid
+            kept = ~(own < logits.amax(dim=1)) & valid  # not >=: what is not a number must show, not be left out
             kept &= self.labels_at(size) < logits.shape[1]
             self._kept["correct", size] = kept
         return kept
