@@ -152,7 +152,7 @@ def test_the_network_around_the_student_is_that_of_evaluation():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scenes", "camvid_gskd", "cityscapes_r101_r18"])
+@pytest.mark.parametrize("name", ["scenes", "scenes_long", "camvid_gskd", "cityscapes_r101_r18"])
 def test_every_shipped_student(tmp_path, name):
     recipe = load_recipe(name)
     torch.manual_seed(0)
