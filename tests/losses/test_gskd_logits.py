@@ -88,6 +88,9 @@ def test_maps_that_are_no_logits_are_refused():
     student, teacher, labels = batch()
     with pytest.raises(GSKDError, match="gskd_logits: reads maps of 2 channels where there are 3 classes"):
         LogitGSKDLoss()(student[:, :2], teacher[:, :2], Pixels(labels, teacher))
+    target = LogitGSKDLoss().target(teacher, Pixels(labels, teacher))  # as from a cache
+    with pytest.raises(GSKDError, match="gskd_logits: student logits"):
+        LogitGSKDLoss().compare(student[:, :2], target, Pixels(labels, num_classes=CLASSES))
 
 
 @pytest.mark.parametrize("loss", [GSKDLoss, LogitGSKDLoss])

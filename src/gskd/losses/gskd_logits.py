@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gskd.losses._match import require_logits
-from gskd.losses._pixels import Pixels, promote
+from gskd.losses._pixels import Pixels, promote, require_maps
 from gskd.losses._sampling import Policy
 from gskd.losses.gskd import GSKDLoss, StructuralTarget
 
@@ -77,6 +77,7 @@ class LogitGSKDLoss(nn.Module):
 
     def compare(self, student: Tensor, target: StructuralTarget, pixels: Pixels) -> Tensor:
         """The scalar loss against a target made before; the descriptors are drawn anew in every call."""
+        require_maps("gskd_logits: student logits", student, channels=pixels.num_classes)
         return self.structure.compare(student, target, pixels, _probabilities)
 
     def target_settings(self) -> dict[str, Any]:
