@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,9 @@ def main() -> None:
 
 def titled(name: str) -> str:
     """ "kd + gskd_logits" for "kd_gskd_logits", and "weight 10" for "weight_10"."""
-    parts = name.replace("gskd_logits", "gskd-logits").split("_")
-    terms = [part.replace("-", "_") for part in parts]
-    return " + ".join(terms) if LOSSES.keys() >= set(terms) else " ".join(parts)
+    known = "|".join(sorted(LOSSES, key=len, reverse=True))
+    terms = re.findall(known, name) if re.fullmatch(f"({known})(_({known}))*", name) else []
+    return " + ".join(terms) or name.replace("_", " ")
 
 
 def listed(scores: list[float]) -> str:

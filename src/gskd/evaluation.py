@@ -49,6 +49,11 @@ class Inference:
     std: Sequence[float] = (0.229, 0.224, 0.225)
     dtype: torch.dtype = torch.float32
 
+    @property
+    def averages(self) -> bool:
+        """Whether several results are averaged, and so are probabilities and not logits."""
+        return len(self.scales) > 1 or self.flip
+
 
 def scaled(images: Tensor, scale: float) -> Tensor:
     """(B, C, H, W) floating point images resized by a factor, bilinear, antialiased where they become smaller."""
@@ -74,12 +79,11 @@ def predict(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
         inference: how.
 
     Returns:
-        (K, H, W) float32: logits for one scale without flip, else mean probabilities. Only their order is the same
-        thing.
+        (K, H, W) float32: logits for one scale without flip, else mean probabilities (``inference.averages``). Only
+        their order is the same thing.
     """
     images = normalise(image[None], inference.mean, inference.std)
     size = (image.shape[1], image.shape[2])
-    single = len(inference.scales) == 1 and not inference.flip
     total: Tensor | None = None
     for scale in inference.scales:
         resized = scaled(images, scale)
@@ -88,7 +92,7 @@ def predict(model: nn.Module, image: Tensor, inference: Inference) -> Tensor:
             logits = logits.flip(-1) if flipped else logits
             if logits.shape[-2:] != size:
                 logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-            if single:
+            if not inference.averages:
                 return logits[0]
             total = logits.softmax(1) if total is None else total + logits.softmax(1)
     assert total is not None

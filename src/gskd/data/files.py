@@ -136,15 +136,13 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
     number = 0
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise GSKDError(f"{path}: not a readable video: it holds no pictures")
-            for frame in container.decode(video=0):
+            pictures = container.streams.video  # none where it holds sound alone
+            for frame in container.decode(pictures[0]) if pictures else ():
                 yield frame.to_ndarray(format="rgb24")
                 number += 1
-    except (av.FFmpegError, IndexError) as error:  # a damaged index of frames is an IndexError
-        reason = _one_line(error) if isinstance(error, av.FFmpegError) else "it is damaged"
+    except av.FFmpegError as error:
         what = "not a readable video" if not number else f"not readable after {count(number, 'frame')}"
-        raise GSKDError(f"{path}: {what}: {reason}") from None
+        raise GSKDError(f"{path}: {what}: {_one_line(error)}") from None
     if not number:
         raise GSKDError(f"{path}: not a readable video: it holds no pictures")
 

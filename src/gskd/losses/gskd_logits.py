@@ -70,7 +70,6 @@ class LogitGSKDLoss(nn.Module):
         require_logits("gskd_logits", student, teacher, pixels)
         return self.compare(student, self.target(teacher, pixels), pixels)
 
-    @torch.no_grad()
     def target(self, teacher: Tensor, pixels: Pixels) -> StructuralTarget:
         """Samples the points and reads the teacher there; what does not change when the student does."""
         return self.structure.target(teacher, pixels, _probabilities)
