@@ -314,6 +314,33 @@ def test_what_is_no_video_is_left_out_and_named(tiny, tmp_path):
     assert len(list((tmp_path / "out" / "index").iterdir())) == 2
 
 
+def test_a_video_of_sound_alone(tiny, tmp_path):
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    with av.open(str(tmp_path / "song.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    refused = gskd("predict", tiny.distilled, tmp_path / "song.mkv", "-o", tmp_path / "out")
+    assert_refused(refused, "song.mkv: not a readable video: it holds no pictures")
+
+
+def test_every_file_that_is_left_out_is_named(tiny, tmp_path):
+    bad = [tmp_path / f"{name}.png" for name in "abcde"]
+    for path in bad:
+        path.write_text("no image")
+    refused = gskd("predict", tiny.distilled, tmp_path, "-o", tmp_path / "out")
+    assert_refused(refused, "5 of 5 files left out", *(f"{path}: not a readable image" for path in bad))
+
+
+def test_an_image_with_two_names_is_predicted_under_both(tiny, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    gskd_ok("predict", tiny.distilled, tmp_path, "-o", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out" / "index").iterdir()} == {"a.png", "b.png"}
+
+
 def test_data_check_of_good_data(tiny):
     said = gskd_ok("data", "check", tiny.recipe, "data.test=test")
     assert all(f"{split}: 4 of 32 x 48" in said.out for split in ("train", "val", "test"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
@@ -58,7 +59,8 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
             found += matching
         else:
             raise GSKDError(f"images {source}: no such file or folder")
-    found = list({path.resolve(): path for path in found}.values())  # a pattern may name what its folder holds
+    # A pattern may name what its folder holds. Links are files of their own.
+    found = list({os.path.abspath(path): path for path in found}.values())
     names: dict[str, Path] = {}
     for path in found:
         if path.stem in names:
@@ -104,8 +106,6 @@ def predict_images(
     device = device_of(recipe)
     model = run.load_model(recipe).to(device)
     inference = inference_of(recipe)
-    # Averages over scales and flips are of probabilities already.
-    averaged = len(inference.scales) > 1 or inference.flip
     predicted, unreadable = 0, list[str]()
     try:
         for kind in kinds:
@@ -118,7 +118,7 @@ def predict_images(
                     label = scores.argmax(0).to(torch.uint8).cpu().numpy()
                     for kind in kinds:
                         if kind is Kind.probability:
-                            share = scores if averaged else scores.softmax(0)
+                            share = scores if inference.averages else scores.softmax(0)
                             np.save(output / kind.value / f"{name}.npy", share.half().cpu().numpy())
                             continue
                         picture = label

@@ -79,9 +79,7 @@ def predict_run(
     folders = ", ".join(str(output / kind.value) for kind in kinds)
     console.print(f"{count(predicted, 'image')}: {folders}", markup=False, soft_wrap=True)
     if unreadable:
-        raise GSKDError(
-            f"predict: {len(unreadable)} of {count(len(found), 'file')} left out: " + "; ".join(unreadable[:3])
-        )
+        raise GSKDError(f"predict: {len(unreadable)} of {count(len(found), 'file')} left out: " + "; ".join(unreadable))
 
 
 def report(
