@@ -26,6 +26,7 @@ from gskd.models import count_parameters, load_weights
 from gskd.progress import Progress
 from gskd.recipe import EvalRecipe, ModelRecipe, Recipe, TrainRecipe, Unreadable, dump_recipe
 from gskd.run import Run, device_of, inference_of, layout_of, teacher_dtype
+from gskd.speed import slow_precision
 from gskd.stops import Stopped, StopRequest
 from gskd.trainer import build_accelerator, fit
 
@@ -116,6 +117,10 @@ def train_model(
             f"{run.path}: {type(student).__name__} with {count_parameters(student) / 1e6:.2f} M parameters"
             f" on {accelerator.device}"
         )
+        taught = recipe.teacher.precision if distill and recipe.teacher is not None else None
+        asked = {"train": recipe.train.precision, "teacher": taught, "eval": recipe.eval.precision}
+        if slow := slow_precision(accelerator.device, {f"{part}.precision": p for part, p in asked.items()}):
+            progress.say(slow)
         scored = {split: splits[split] for split in (recipe.data.val, recipe.data.test) if split}
         teacher_score: Score | None = None
         if teacher is not None and teacher_model is not None:
@@ -250,6 +255,9 @@ def build_cache(recipe: Recipe, progress: Progress) -> TeacherCache:
     """
     source = cache_source(recipe)
     with progress, StopRequest() as stop:
+        assert recipe.teacher is not None
+        if slow := slow_precision(source.device, {"teacher.precision": recipe.teacher.precision}):
+            progress.say(slow)
         return _whole_cache(source, progress, stop)
 
 

@@ -32,6 +32,7 @@ def evaluate_run(
     from gskd.evaluation import evaluate
     from gskd.progress import Progress
     from gskd.run import Run, device_of, inference_of
+    from gskd.speed import slow_precision
 
     folder = Run(run)
     recipe = folder.load_recipe(tuple(overrides or ()))
@@ -41,6 +42,10 @@ def evaluate_run(
     folder.check_classes(data)
     model = folder.load_model(recipe).to(device_of(recipe))
     with Progress(console) as progress:
+        if slow := slow_precision(
+            device_of(recipe), {"eval.precision": recipe.eval.precision or recipe.train.precision}
+        ):
+            progress.say(slow)
         score = evaluate(model, data, inference_of(recipe), progress.counter(f"scoring {split}"))
     if json_file is not None:
         write_text(json_file, json.dumps(score.to_dict(data.classes), indent=1))
@@ -68,12 +73,17 @@ def predict_run(
     with exit code 2.
     """
     from gskd.progress import Progress
-    from gskd.run import Run
+    from gskd.run import Run, device_of
+    from gskd.speed import slow_precision
 
     kinds = tuple(dict.fromkeys(write or PICTURES))
     found = find_images(images)
     recipe = Run(run).load_recipe(tuple(overrides or ()))
     with Progress(console) as progress:
+        if slow := slow_precision(
+            device_of(recipe), {"eval.precision": recipe.eval.precision or recipe.train.precision}
+        ):
+            progress.say(slow)
         counter = progress.counter("predicting")
         predicted, unreadable = predict_images(Run(run), found, output, recipe, counter, kinds)
     folders = ", ".join(str(output / kind.value) for kind in kinds)
