@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from gskd import Distiller, GSKDError, GSKDLoss, KDLoss, MSELoss, Term
 from gskd.data import IGNORE
-from gskd.distiller import cross_entropy
 from gskd.losses import ATLoss, CIRKDMemoryLoss, PSDLoss
 
 
@@ -182,13 +181,6 @@ def test_mistakes_are_named(arguments, words, batch):
 def test_neither_task_nor_terms_is_refused():
     with pytest.raises(GSKDError, match="task loss or at least one term"):
         Distiller(Net(5), task_loss=None)
-
-
-def test_cross_entropy_is_the_mean_over_labelled_pixels():
-    logits, labels = torch.randn(2, 4, 6, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 5))
-    labels[0] = IGNORE
-    expected = -logits[1].log_softmax(0).gather(0, labels[1][None]).mean()
-    torch.testing.assert_close(cross_entropy(logits, labels), expected)
 
 
 def distil(student: nn.Module, teacher: nn.Module, student_layer: str, teacher_layer: str, classes: int) -> list[float]:

@@ -180,6 +180,8 @@ def test_missing_output_and_names() -> None:
         ("train.clip=0", "train.clip"),
         ("train.warmup=1", "train.warmup"),
         ("train.momentum=-0.1", "train.momentum"),
+        ("train.class_balance=-1", "train.class_balance"),
+        ("train.class_balance=.inf", "train.class_balance"),
         ("train.weight_decay=-1", "train.weight_decay"),
         ("train.device=cuda:0", "train.device"),
         ("data.workers=-1", "data.workers"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gskd.architectures import build_model, has_own_weights, require_trusted, without_pretraining
 from gskd.data import SegmentationDataset
@@ -20,8 +21,18 @@ from gskd.fast_teacher import TeacherPath, Trial
 from gskd.layers import Layers, channels, resolve_layers, tap_names
 from gskd.losses import LOSSES
 from gskd.models import check_classes, load_weights, normalise
-from gskd.recipe import ModelRecipe, Recipe, TeacherPrecision, TeacherRecipe, TermRecipe, load_recipe, set_value
+from gskd.recipe import (
+    ModelRecipe,
+    Recipe,
+    TeacherPrecision,
+    TeacherRecipe,
+    TermRecipe,
+    TrainRecipe,
+    load_recipe,
+    set_value,
+)
 from gskd.run import Run, augmentation_of, layout_of, teacher_dtype
+from gskd.task_losses import class_balanced_cross_entropy, cross_entropy
 
 
 def open_split(recipe: Recipe, split: str) -> SegmentationDataset:
@@ -42,7 +53,15 @@ def build_distiller(recipe: Recipe, student: nn.Module, data: SegmentationDatase
     teacher, teacher_model = build_teacher(recipe.teacher, data, recipe.augment.crop)
     terms = _build_terms(recipe.terms, student, teacher, len(data.classes), recipe.augment.crop)
     dtype = teacher_dtype(recipe) if recipe.teacher.precision is not None else None
-    return Distiller(student, teacher, terms, teacher_dtype=dtype), teacher_model
+    distiller = Distiller(student, teacher, terms, task_loss=task_loss_of(recipe.train), teacher_dtype=dtype)
+    return distiller, teacher_model
+
+
+def task_loss_of(recipe: TrainRecipe) -> Callable[[Tensor, Tensor], Tensor]:
+    """What the student learns from the labels."""
+    if recipe.class_balance == 0:
+        return cross_entropy
+    return partial(class_balanced_cross_entropy, weight=recipe.class_balance)
 
 
 def ready_teacher(

@@ -19,19 +19,18 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gskd.data import IGNORE
-from gskd.distributed import mean_over_processes, sum_over_processes
+from gskd.distributed import sum_over_processes
 from gskd.errors import GSKDError
 from gskd.fast_teacher import TeacherPath, Trial, autocast_of, best_path, try_paths
 from gskd.folding import fold_batch_norm
 from gskd.layers import Layers, resolve_layers, tap_names
 from gskd.losses import Pixels
-from gskd.losses._pixels import match_size, promote
 from gskd.models import freeze
 from gskd.outputs import logits_of
 from gskd.taps import Taps
+from gskd.task_losses import cross_entropy
 
 Packed = dict[str, Tensor]
 """What a term needs of the teacher for a batch, as it is stored: tensors whose first dimension is the image."""
@@ -106,24 +105,6 @@ class Distillation(NamedTuple):
     """The student's (B, K, h, w), as it gave them."""
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per-pixel cross-entropy, mean over the labelled pixels of all processes, in fp32.
-
-    Args:
-        logits: (B, K, h, w), brought to the labels' size (bilinear) where it differs.
-        labels: (B, H, W) int64. What is no class, such as `IGNORE`, does not count; a batch without labelled pixels
-            gives a differentiable zero.
-    """
-    with torch.autocast(logits.device.type, enabled=False):
-        size = (labels.shape[1], labels.shape[2])
-        logits = match_size(logits, size)
-        valid = Pixels(labels, num_classes=logits.shape[1]).valid_at(size)
-        total = F.cross_entropy(
-            promote(logits), labels.masked_fill(~valid, IGNORE), ignore_index=IGNORE, reduction="sum"
-        )
-        return mean_over_processes(total, valid.sum())
-
-
 class Distiller(nn.Module):
     """Trains a student against the labels and, term by term, against a frozen teacher.
 
@@ -139,7 +120,8 @@ class Distiller(nn.Module):
         student: the network to train.
         teacher: the network to learn from; None trains the student alone.
         terms: the distillation terms by name. ``"task"`` is taken.
-        task_loss: called as ``task_loss(logits, labels)``; by default `cross_entropy`. None leaves it to you.
+        task_loss: called as ``task_loss(logits, labels)``; by default `gskd.task_losses.cross_entropy`. None leaves it
+            to you.
         teacher_dtype: dtype of autocast around the teacher; None leaves autocast as it is around the call.
 
     Raises:

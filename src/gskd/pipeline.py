@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gskd.assembly import build_distiller, build_recipe_model, open_split, ready_teacher
+from gskd.assembly import build_distiller, build_recipe_model, open_split, ready_teacher, task_loss_of
 from gskd.cache import CacheSource, TeacherCache, fill_cache
 from gskd.checkpoint import write_text
 from gskd.data import SegmentationDataset
@@ -99,7 +99,7 @@ def train_model(
         run.check_samples(train_data)
     torch.manual_seed(recipe.seed)  # the student's first weights depend on the seed alone, not on teacher or terms
     student = build_recipe_model(recipe.model, train_data, "model", recipe.augment.crop)
-    teacher_model, distiller = None, Distiller(student)
+    teacher_model, distiller = None, Distiller(student, task_loss=task_loss_of(recipe.train))
     if distill:
         distiller, teacher_model = build_distiller(recipe, student, train_data)
     teacher = distiller.teacher

@@ -359,6 +359,8 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "train.momentum", f"expected a number from 0 to below 1, got {train.momentum}"
     if not 0 <= train.warmup < 1:
         yield "train.warmup", f"expected a share of the steps from 0 to below 1, got {train.warmup}"
+    if not 0 <= train.class_balance < math.inf:
+        yield "train.class_balance", f"expected a finite number of at least 0, got {train.class_balance}"
     if train.clip is not None and train.clip <= 0:
         yield "train.clip", f"expected more than 0 or null, got {train.clip}"
     if train.device not in ("auto", "cpu"):

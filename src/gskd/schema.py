@@ -157,6 +157,9 @@ class TrainRecipe:
     schedule: ScheduleName = ScheduleName.onecycle
     warmup: float = 0.1
     """Share of the steps over which the rate rises."""
+    class_balance: float = 0.0
+    """Weight of a second cross-entropy, on 8 points of every class in an image, beside that on all pixels: for rare
+    classes, at the cost of common ones. See `gskd.task_losses.class_balanced_cross_entropy`."""
     clip: float | None = None
     """Largest norm of the gradient; by default it is left as it is."""
     max_skipped: int = 10

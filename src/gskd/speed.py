@@ -74,7 +74,7 @@ def slow_precision(device: torch.device, fields: Mapping[str, Precision | Teache
 
 @cache
 def bf16_slowdown() -> float:
-    """How many times as long a convolution takes on this CPU in bf16 as in fp32, forward and backward; about a second."""
+    """How many times as long a convolution takes on this CPU in bf16 as in fp32, there and back; about a second."""
     with torch.random.fork_rng(devices=[]):  # the random numbers of training stay what they are
         layer = nn.Conv2d(64, 64, 3, padding=1)
     maps = torch.ones(2, 64, 24, 24, requires_grad=True)
