@@ -1,5 +1,7 @@
 """From a folder of images and masks to recipes that run."""
 
+import re
+
 import numpy as np
 import pytest
 import yaml
@@ -53,6 +55,19 @@ def test_a_file_of_classes_is_used(tmp_path):
     recipe = load_recipe(tmp_path / "mine" / "teacher.yaml")
     assert recipe.data.options["classes"] == "classes.csv"
     gskd_ok("data", "check", tmp_path / "mine" / "teacher.yaml")
+
+
+def test_what_is_offered_in_comments_can_be_taken(tmp_path):
+    gskd_ok("init", folder(tmp_path / "data"), "-o", tmp_path / "mine")
+    taken = 0
+    for name in ("teacher", "student"):
+        text = (tmp_path / "mine" / f"{name}.yaml").read_text()
+        for line in re.findall(r"^ +# \w+: \S.*$", text, re.MULTILINE):
+            changed = tmp_path / f"changed_{taken}.yaml"
+            changed.write_text(text.replace(line, line.replace("# ", "", 1)))
+            assert load_recipe(changed) != load_recipe(tmp_path / "mine" / f"{name}.yaml"), line
+            taken += 1
+    assert taken >= 2
 
 
 def test_a_public_layout_is_recognised(tmp_path):

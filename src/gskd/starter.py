@@ -168,7 +168,8 @@ train:
   steps: 10000         # {images} training images
   batch: 8
   lr: 1e-3
-  # precision: auto    # tries bf16 and others, takes the fastest that gives the same
+  # precision: bf16    # on a GPU, or on a CPU with AMX
+  # class_balance: 1   # for rare classes, at the cost of common ones
 eval:
   every: 1000
 """
@@ -188,6 +189,7 @@ model:
   args: {{encoder_name: tu-mobilenetv3_small_100, encoder_weights: null, decoder_channels: 64}}
 teacher:
   run: {here}/teacher
+  precision: auto      # what is fastest here and gives the same as fp32
   # Or one that you have, with weights made by gskd convert:
   # model:
   #   name: smp:DeepLabV3Plus
