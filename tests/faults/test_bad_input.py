@@ -102,6 +102,15 @@ BEFORE_TRAINING = {
         "train @/r.yaml train.precision=fp16 train.device=cpu",
         "fp16 needs a CUDA device",
     ),
+    # the command itself
+    "no command of this name": ("trian @/r.yaml", "No such command 'trian'. Did you mean 'train'?; see gskd --help"),
+    "no recipe at all": ("train", "Missing argument 'RECIPE'; see gskd train --help"),
+    "no such option": (
+        "train @/r.yaml --resum",
+        "No such option: --resum (Possible options: --resume); see gskd train",
+    ),
+    "option without value": ("eval @/teacher --split", "Option '--split' requires an argument"),
+    "no such picture": ("predict @/teacher @/r.yaml -o @/p --write blue", "'blue' is not one of 'index', 'colour'"),
     # models, layers, losses
     "model": ("train @/r.yaml model.name=smp:Unett", "unknown architecture; did you mean 'Unet'"),
     "source": ("train @/r.yaml model.name=Unet", "expected smp:Architecture or package.module:callable"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -11,6 +11,9 @@ from gskd.cli import preparing, students, training
 from gskd.cli.options import console
 from gskd.errors import GSKDError
 from gskd.stops import EXIT_STOPPED, Stopped
+
+# Of a word too few or too many; typer gives no name to it, but BadParameter, which is public, is one.
+_UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
 
 app = typer.Typer(
     name="gskd",
@@ -64,15 +67,22 @@ def gskd(
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point of the ``gskd`` command."""
     try:
-        app(args=arguments, standalone_mode=True)
+        code = app(args=arguments, prog_name="gskd", standalone_mode=False)
     except GSKDError as error:
-        sys.stderr.write(f"gskd: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+        _leave(2, str(error))
+    except _UsageError as error:
+        message, context = error.format_message().rstrip("."), error.ctx  # type: ignore[attr-defined]
+        if not message:  # gskd alone, whose page of help is on the screen
+            sys.exit(2)
+        _leave(2, f"{message}; see {context.command_path if context else 'gskd'} --help")
     except Stopped as stopped:
         where = f" at {stopped}" if str(stopped) else " while scoring"
-        sys.stderr.write(f"gskd: stopped{where}, saved; the same command goes on, train and distill with --resume\n")
-        sys.exit(EXIT_STOPPED)
-    except SystemExit as error:
-        if error.code == 130:  # what typer makes of Ctrl-C
-            sys.stderr.write("gskd: stopped; train and distill go on with --resume, compare and cache by themselves\n")
-        raise
+        _leave(EXIT_STOPPED, f"stopped{where}, saved; the same command goes on, train and distill with --resume")
+    if code == 130:  # what typer makes of Ctrl-C
+        _leave(130, "stopped; train and distill go on with --resume, compare and cache by themselves")
+    sys.exit(code)
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    sys.stderr.write(f"gskd: {' '.join(message.split())}\n")
+    sys.exit(code)
