@@ -367,9 +367,10 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "train.device", f"expected auto or cpu, got {train.device!r}"
     if recipe.data.workers < 0:
         yield "data.workers", f"expected 0 or more, got {recipe.data.workers}"
-    for name, size in {"augment.crop": augment.crop, "eval.window": spec.window}.items():
-        if len(size) != 2 or min(size) < 1:
-            yield name, f"expected height and width, at least 1 each, got {size}"
+    # The deepest features of nearly all networks are of 1/32: a smaller window is none, and would take for ever.
+    for name, size, least in (("augment.crop", augment.crop, 1), ("eval.window", spec.window, 32)):
+        if len(size) != 2 or min(size) < least:
+            yield name, f"expected height and width, at least {least} each, got {size}"
     if augment.views is not None and augment.views < 1:
         yield "augment.views", f"expected at least 1 or null, got {augment.views}"
     if len(augment.scale) != 2 or not 0 < augment.scale[0] <= augment.scale[1]:
