@@ -12,6 +12,8 @@ from rich.table import Table
 from gskd.cli.options import AllowImports, Overrides, RunFolder, console
 from gskd.errors import GSKDError, count
 from gskd.prediction import PICTURES, Kind, find_images, predict_images
+from gskd.progress import Progress
+from gskd.schema import Recipe
 
 
 def evaluate_run(
@@ -30,9 +32,7 @@ def evaluate_run(
     from gskd.assembly import open_split
     from gskd.checkpoint import require_new_file, write_text
     from gskd.evaluation import evaluate
-    from gskd.progress import Progress
     from gskd.run import Run, device_of, inference_of
-    from gskd.speed import slow_precision
 
     folder = Run(run)
     recipe = folder.load_recipe(tuple(overrides or ()))
@@ -42,10 +42,7 @@ def evaluate_run(
     folder.check_classes(data)
     model = folder.load_model(recipe).to(device_of(recipe))
     with Progress(console) as progress:
-        if slow := slow_precision(
-            device_of(recipe), {"eval.precision": recipe.eval.precision or recipe.train.precision}
-        ):
-            progress.say(slow)
+        _say_if_slow(recipe, progress)
         score = evaluate(model, data, inference_of(recipe), progress.counter(f"scoring {split}"))
     if json_file is not None:
         write_text(json_file, json.dumps(score.to_dict(data.classes), indent=1))
@@ -72,18 +69,13 @@ def predict_run(
     Large images: --set eval.mode=slide, in overlapping windows. What cannot be read is left out and named at the end,
     with exit code 2.
     """
-    from gskd.progress import Progress
-    from gskd.run import Run, device_of
-    from gskd.speed import slow_precision
+    from gskd.run import Run
 
     kinds = tuple(dict.fromkeys(write or PICTURES))
     found = find_images(images)
     recipe = Run(run).load_recipe(tuple(overrides or ()))
     with Progress(console) as progress:
-        if slow := slow_precision(
-            device_of(recipe), {"eval.precision": recipe.eval.precision or recipe.train.precision}
-        ):
-            progress.say(slow)
+        _say_if_slow(recipe, progress)
         counter = progress.counter("predicting")
         predicted, unreadable = predict_images(Run(run), found, output, recipe, counter, kinds)
     folders = ", ".join(str(output / kind.value) for kind in kinds)
@@ -111,7 +103,6 @@ def report(
     It needs no network and no other file. Beside runs of gskd distill name one of gskd train: differences are to it.
     """
     from gskd.checkpoint import require_new_file
-    from gskd.progress import Progress
     from gskd.report import gather, write_page
 
     require_new_file(output)
@@ -138,7 +129,6 @@ def bench(
     Latency and memory are of one image on the CPU, in a process of its own for each.
     """
     from gskd.bench import bench_run, write_rows
-    from gskd.progress import Progress
     from gskd.run import Run
 
     folder = Run(run)
@@ -219,3 +209,12 @@ def _score_table(title: str, score: dict[str, Any]) -> Table:
     for name, value in score["iou"].items():
         table.add_row(f"IoU {escape(name)}", percent(value))
     return table
+
+
+def _say_if_slow(recipe: Recipe, progress: Progress) -> None:
+    from gskd.run import device_of
+    from gskd.speed import slow_precision
+
+    # A student that was trained in half precision on a GPU is scored in it, unless the recipe says otherwise.
+    if line := slow_precision(device_of(recipe), {"eval.precision": recipe.eval.precision or recipe.train.precision}):
+        progress.say(line)
