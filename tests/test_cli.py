@@ -434,6 +434,16 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, monkeypatch):
     assert "--resume" in stopped.err
 
 
+def test_ctrl_c_before_anything_has_begun(monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gskd.cli.app", stop)
+    stopped = gskd("train", "scenes")
+    assert (stopped.code, stopped.err.count("\n")) == (130, 1)
+    assert stopped.err.startswith("gskd: stopped")
+
+
 @pytest.mark.slow
 def test_camvid(camvid_root, tmp_path):
     gskd_ok(

@@ -181,6 +181,7 @@ def test_missing_output_and_names() -> None:
         ("train.warmup=1", "train.warmup"),
         ("train.momentum=-0.1", "train.momentum"),
         ("eval.window=[1,1]", "eval.window"),
+        ("eval.overlap=0.999999", "eval.overlap"),
         ("train.class_balance=-1", "train.class_balance"),
         ("train.class_balance=.inf", "train.class_balance"),
         ("train.weight_decay=-1", "train.weight_decay"),

@@ -49,3 +49,5 @@ def test_training_and_scoring_say_it(tiny, tmp_path):
     assert f"teacher.precision: {SLOW}" in said
     assert f"eval.precision: {SLOW}" in gskd_ok("eval", run, "eval.precision=bf16").out
     assert SLOW not in gskd_ok("eval", run).out
+    cache = [f"teacher.cache={tmp_path / 'cache'}", "augment.views=1", "train.precision=bf16"]
+    assert f"teacher.precision: {SLOW}" in gskd_ok("cache", "build", tiny.recipe, *cache).out

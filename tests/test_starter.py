@@ -1,6 +1,7 @@
 """From a folder of images and masks to recipes that run."""
 
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -68,6 +69,17 @@ def test_what_is_offered_in_comments_can_be_taken(tmp_path):
             assert load_recipe(changed) != load_recipe(tmp_path / "mine" / f"{name}.yaml"), line
             taken += 1
     assert taken >= 2
+
+
+@pytest.mark.parametrize("name", ["my #1", "x: y", "{z}", "*st", "a b", "it's"])
+def test_the_folder_may_have_any_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    said = gskd_ok("init", folder(tmp_path / "data"), "-o", name).out
+    teacher, student = (load_recipe(tmp_path / name / f"{kind}.yaml") for kind in ("teacher", "student"))
+    assert (teacher.output, student.output) == (f"{name}/teacher", f"{name}/student")
+    assert student.teacher.run == teacher.output
+    commands = [shlex.split(line) for line in said.splitlines() if line.startswith("  gskd ")]
+    assert [words[-1] for words in commands] == [f"{name}/teacher.yaml", f"{name}/teacher.yaml", f"{name}/student.yaml"]
 
 
 def test_a_public_layout_is_recognised(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gskd import Distiller
+from gskd import Distiller, GSKDError
 from gskd.data import IGNORE
 from gskd.task_losses import class_balanced_cross_entropy, cross_entropy
 from helpers import gskd_ok, steps
@@ -79,6 +79,14 @@ def test_nothing_to_learn_from_is_a_zero_on_the_graph(empty):
     loss.backward()
     assert loss.item() == 0
     assert logits.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("samples_per_class", v) for v in (0, -1, 1.5, "a")] + [("weight", v) for v in (-1, math.nan)]
+)
+def test_wrong_arguments_are_named(name, value):
+    with pytest.raises(GSKDError, match=f"{name}: expected"):
+        class_balanced_cross_entropy(torch.zeros(1, 3, 4, 6), labelled(8), **{name: value})
 
 
 def test_half_precision_changes_nothing_but_the_inputs():

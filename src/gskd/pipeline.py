@@ -256,7 +256,9 @@ def build_cache(recipe: Recipe, progress: Progress) -> TeacherCache:
     source = cache_source(recipe)
     with progress, StopRequest() as stop:
         assert recipe.teacher is not None
-        if slow := slow_precision(source.device, {"teacher.precision": recipe.teacher.precision}):
+        if slow := slow_precision(
+            source.device, {"teacher.precision": recipe.teacher.precision or recipe.train.precision}
+        ):
             progress.say(slow)
         return _whole_cache(source, progress, stop)
 

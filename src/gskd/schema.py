@@ -186,9 +186,9 @@ class EvalRecipe:
     """Steps between scores on the val split; the last step is always scored."""
     mode: EvalMode = EvalMode.whole
     window: list[int] = field(default_factory=lambda: [512, 512])
-    """Of slide: (height, width)."""
+    """Of slide: (height, width), at least 32 each."""
     overlap: float = 0.33
-    """Of slide: least share of a window that its neighbour covers again."""
+    """Of slide: least share of a window that its neighbour covers again, at most 0.95."""
     scales: list[float] = field(default_factory=lambda: [1.0])
     """The image is scored at each of these scales and the probabilities are averaged."""
     flip: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,15 @@ def write_recipes(root: Path, output: Path) -> tuple[Found, list[Path]]:
         raise GSKDError(f"init {output}: cannot be made: {error.strerror or error}") from None
     written = []
     for name, template in files.items():
-        text = template.format(data=data, crop=crop, scale=scale, here=output.as_posix(), images=len(train))
+        text = template.format(
+            data=data,
+            crop=crop,
+            scale=scale,
+            images=len(train),
+            **{kind: _quoted(f"{output.as_posix()}/{kind}") for kind in ("teacher", "student")},
+            **{f"{kind}_file": shlex.quote(f"{output.as_posix()}/{kind}.yaml") for kind in ("teacher", "student")},
+            **{f"{kind}_run": shlex.quote(f"{output.as_posix()}/{kind}") for kind in ("student", "plain")},
+        )
         write_text(output / name, text)
         load_recipe(output / name)  # what is written can be read
         written.append(output / name)
@@ -154,8 +163,8 @@ def _quoted(text: str) -> str:
 
 
 _TEACHER = """# The teacher: large, trained on labels alone. Leave it out if you have one, see student.yaml.
-#   gskd train {here}/teacher.yaml
-output: {here}/teacher
+#   gskd train {teacher_file}
+output: {teacher}
 data:
 {data}
 augment:
@@ -175,10 +184,10 @@ eval:
 """
 
 _STUDENT = """# The student: small, trained on labels and against the teacher.
-#   gskd distill {here}/student.yaml
-#   gskd train {here}/student.yaml output={here}/plain       the same without the teacher, to compare
-#   gskd export {here}/student -o student.onnx
-output: {here}/student
+#   gskd distill {student_file}
+#   gskd train {student_file} output={plain_run}       the same without the teacher, to compare
+#   gskd export {student_run} -o student.onnx
+output: {student}
 data:
 {data}
 augment:
@@ -188,7 +197,7 @@ model:
   name: smp:DeepLabV3Plus
   args: {{encoder_name: tu-mobilenetv3_small_100, encoder_weights: null, decoder_channels: 64}}
 teacher:
-  run: {here}/teacher
+  run: {teacher}
   precision: auto      # what is fastest here and gives the same as fp32
   # Or one that you have, with weights made by gskd convert:
   # model:
@@ -202,6 +211,7 @@ train:
   steps: 10000
   batch: 8
   lr: 1e-3
+  # class_balance: 1   # for rare classes, at the cost of common ones
 eval:
   every: 1000
 """

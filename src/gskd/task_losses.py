@@ -12,6 +12,7 @@ from torch import Tensor
 from gskd.data import IGNORE
 from gskd.distributed import mean_over_processes
 from gskd.losses import Pixels
+from gskd.losses._match import require_number
 from gskd.losses._pixels import match_size, promote
 from gskd.losses._sampling import class_balanced_sample, read_points
 
@@ -47,7 +48,11 @@ def class_balanced_cross_entropy(
         logits, labels: as of `cross_entropy`; logits of another size are read bilinearly at the points.
         weight: of the second part, a mean over the points of all images and processes.
         samples_per_class: points of each class in an image; a class with fewer pixels repeats them.
+
+    Raises:
+        GSKDError: ``weight`` is negative or not finite, or ``samples_per_class`` no whole number of at least 1.
     """
+    require_number("weight", weight)
     with torch.autocast(logits.device.type, enabled=False):
         points = class_balanced_sample(
             labels.masked_fill(labels == IGNORE, -1), logits.shape[1], samples_per_class, policy="repeat"

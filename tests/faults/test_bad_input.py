@@ -110,6 +110,9 @@ BEFORE_TRAINING = {
         "No such option: --resum (Possible options: --resume); see gskd train",
     ),
     "option without value": ("eval @/teacher --split", "Option '--split' requires an argument"),
+    "a name too long": (f"train {'n' * 300}", "n: File name too long"),
+    "a run too long": (f"eval @/{'n' * 300}", "n/recipe.yaml: File name too long"),
+    "an output too long": (f"predict @/teacher @/photo.png -o @/{'n' * 300}", "n: File name too long"),
     "no such picture": ("predict @/teacher @/r.yaml -o @/p --write blue", "'blue' is not one of 'index', 'colour'"),
     # models, layers, losses
     "model": ("train @/r.yaml model.name=smp:Unett", "unknown architecture; did you mean 'Unet'"),

@@ -78,6 +78,12 @@ def main(arguments: list[str] | None = None) -> Any:
     except Stopped as stopped:
         where = f" at {stopped}" if str(stopped) else " while scoring"
         _leave(EXIT_STOPPED, f"stopped{where}, saved; the same command goes on, train and distill with --resume")
+    except OSError as error:  # a name too long, a folder of others: where nobody had to expect it
+        if error.filename is None:
+            raise
+        _leave(2, f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        code = 130
     if code == 130:  # what typer makes of Ctrl-C
         _leave(130, "stopped; train and distill go on with --resume, compare and cache by themselves")
     sys.exit(code)

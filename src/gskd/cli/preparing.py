@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,8 @@ def init(
     for note in found.notes:
         console.print(f"{root}: {note}", markup=False, soft_wrap=True)
     console.print(f"written: {', '.join(map(str, files))}; name the classes there, then", markup=False, soft_wrap=True)
-    for command in (f"data check {files[0]}", f"train {files[0]}", f"distill {files[1]}"):
+    teacher, student = (shlex.quote(str(file)) for file in files)
+    for command in (f"data check {teacher}", f"train {teacher}", f"distill {student}"):
         console.print(f"  gskd {command}", markup=False, soft_wrap=True)
 
 

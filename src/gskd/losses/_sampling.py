@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gskd.errors import GSKDError, near_names
+from gskd.losses._match import require_count
 from gskd.losses._pixels import Size, promote, require_maps
 
 Policy = Literal["repeat", "fill", "mask"]
@@ -73,6 +74,7 @@ def class_balanced_sample(
         raise GSKDError(f"labels: expected (B, h, w) int64, got {tuple(labels.shape)} {labels.dtype}")
     if eligible is not None and (eligible.shape != labels.shape or eligible.dtype != torch.bool):
         raise GSKDError(f"eligible: expected {tuple(labels.shape)} bool, got {tuple(eligible.shape)} {eligible.dtype}")
+    require_count("samples_per_class", samples_per_class)
     if policy not in POLICIES:
         raise GSKDError(f"policy: unknown {policy!r}{near_names(policy, POLICIES)}")
     device = labels.device
