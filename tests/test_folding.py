@@ -73,7 +73,8 @@ def test_a_distiller_with_a_folded_teacher_gives_the_same_loss():
     small = {"encoder_name": "tu-mobilenetv3_small_050", "encoder_weights": None, "decoder_channels": [16, 16, 8, 8, 8]}
     teacher = trained(build_model("smp:Unet", {"encoder_name": "resnet18", "encoder_weights": None}, 5))
     labels = torch.randint(0, 5, (2, 64, 64))
-    losses = []
+    losses, asked = [], []
+    teacher.register_forward_pre_hook(lambda module, _: asked.append(module is teacher))  # the copy has it too
     for fold in (False, True):
         torch.manual_seed(0)
         student = build_model("smp:Unet", small, 5)
@@ -85,6 +86,7 @@ def test_a_distiller_with_a_folded_teacher_gives_the_same_loss():
         assert set(distiller.state_dict()) == keys  # the copy is as hidden as the teacher
         assert distiller.teacher is teacher
         torch.manual_seed(1)
+        asked.clear()
         losses.append(distiller.double()(IMAGES.double(), labels).loss)
+        assert asked == [not fold]  # the copy is what was run
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
-    assert losses[0] != losses[1]  # the copy is what was run

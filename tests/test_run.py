@@ -154,7 +154,7 @@ def test_pretrained_encoders_are_not_fetched_when_weights_follow() -> None:
 def test_inference_follows_the_recipe() -> None:
     asked = recipe(
         "eval.mode=slide",
-        "eval.window=[3, 4]",
+        "eval.window=[33, 44]",
         "eval.overlap=0.5",
         "eval.scales=[0.5, 1]",
         "eval.flip=true",
@@ -162,7 +162,7 @@ def test_inference_follows_the_recipe() -> None:
         "model.mean=[0.1, 0.2, 0.3]",
     )
     inference = inference_of(asked)
-    assert (inference.mode, inference.window, inference.overlap) == (EvalMode.slide.value, (3, 4), 0.5)
+    assert (inference.mode, inference.window, inference.overlap) == (EvalMode.slide.value, (33, 44), 0.5)
     assert (inference.scales, inference.flip, inference.mean) == ((0.5, 1.0), True, (0.1, 0.2, 0.3))
     assert inference.dtype == torch.bfloat16
     asked.eval.precision = Precision.fp32

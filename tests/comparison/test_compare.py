@@ -284,7 +284,12 @@ def test_two_at_once_on_one_folder_are_refused(tmp_path):
 )
 def test_shipped_comparisons_are_whole(name):
     comparison = load_comparison(name)
-    assert [variant.name for variant in comparison.variants if not variant.distils] == ["plain"]
+    without_teacher = {variant.name: variant.recipe.train for variant in comparison.variants if not variant.distils}
+    assert without_teacher.keys() - {"balanced"} == {"plain"}
+    assert without_teacher["plain"].class_balance == 0
+    assert without_teacher.get("balanced", without_teacher["plain"]).class_balance == float(
+        "balanced" in without_teacher
+    )
 
 
 def test_a_table_of_nothing_says_so(tmp_path):
