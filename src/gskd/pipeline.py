@@ -118,8 +118,12 @@ def train_model(
             f" on {accelerator.device}"
         )
         taught = recipe.teacher.precision if distill and recipe.teacher is not None else None
-        asked = {"train": recipe.train.precision, "teacher": taught, "eval": recipe.eval.precision}
-        if slow := slow_precision(accelerator.device, {f"{part}.precision": p for part, p in asked.items()}):
+        asked = {
+            "train.precision": recipe.train.precision,
+            "teacher.precision": taught,
+            "eval.precision": recipe.eval.precision,
+        }
+        if slow := slow_precision(accelerator.device, asked):
             progress.say(slow)
         scored = {split: splits[split] for split in (recipe.data.val, recipe.data.test) if split}
         teacher_score: Score | None = None

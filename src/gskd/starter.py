@@ -71,16 +71,19 @@ def write_recipes(root: Path, output: Path) -> tuple[Found, list[Path]]:
         output.mkdir(parents=True)
     except OSError as error:
         raise GSKDError(f"init {output}: cannot be made: {error.strerror or error}") from None
-    written = []
+    here, written = output.as_posix(), []
     for name, template in files.items():
         text = template.format(
             data=data,
             crop=crop,
             scale=scale,
             images=len(train),
-            **{kind: _quoted(f"{output.as_posix()}/{kind}") for kind in ("teacher", "student")},
-            **{f"{kind}_file": shlex.quote(f"{output.as_posix()}/{kind}.yaml") for kind in ("teacher", "student")},
-            **{f"{kind}_run": shlex.quote(f"{output.as_posix()}/{kind}") for kind in ("student", "plain")},
+            teacher=_quoted(f"{here}/teacher"),
+            student=_quoted(f"{here}/student"),
+            teacher_file=shlex.quote(f"{here}/teacher.yaml"),
+            student_file=shlex.quote(f"{here}/student.yaml"),
+            student_run=shlex.quote(f"{here}/student"),
+            plain_run=shlex.quote(f"{here}/plain"),
         )
         write_text(output / name, text)
         load_recipe(output / name)  # what is written can be read

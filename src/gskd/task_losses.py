@@ -54,10 +54,10 @@ def class_balanced_cross_entropy(
     """
     require_number("weight", weight)
     with torch.autocast(logits.device.type, enabled=False):
-        points = class_balanced_sample(
-            labels.masked_fill(labels == IGNORE, -1), logits.shape[1], samples_per_class, policy="repeat"
-        )
-        read = promote(read_points(logits, points.index, (labels.shape[1], labels.shape[2])))
+        size, classes = (labels.shape[1], labels.shape[2]), logits.shape[1]
+        valid = Pixels(labels, num_classes=classes).valid_at(size)
+        points = class_balanced_sample(labels, classes, samples_per_class, eligible=valid)
+        read = promote(read_points(logits, points.index, size))
         total = F.cross_entropy(read.flatten(0, 1), points.label.flatten(), ignore_index=-1, reduction="sum")
         balanced = mean_over_processes(total, points.valid.sum())
     return cross_entropy(logits, labels) + weight * balanced

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -64,7 +64,7 @@ def gskd(
     """Distil small semantic-segmentation networks that keep the global structure a large teacher sees."""
 
 
-def main(arguments: list[str] | None = None) -> Any:
+def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of the ``gskd`` command."""
     try:
         code = app(args=arguments, prog_name="gskd", standalone_mode=False)
