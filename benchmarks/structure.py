@@ -1,6 +1,6 @@
 """How well students keep the structure that their teacher sees: the error of their similarity maps, beside their mIoU.
 
-    python benchmarks/structure.py TEACHER_RUN STUDENT_RUN [STUDENT_RUN ...] [data.root=...] [--split val]
+    python benchmarks/structure.py TEACHER_RUN STUDENT_RUN [STUDENT_RUN ...] [data.root=...] [--of probabilities]
 
 For every image points are drawn evenly from its classes, the same ones for all networks, and read at the layer "auto".
 The error is the mean absolute difference of the cosines of all pairs of points between student and teacher: of pairs of
@@ -17,6 +17,7 @@ import torch
 
 from gskd import auto_tap
 from gskd.assembly import open_split
+from gskd.losses.gskd_logits import class_probabilities
 from gskd.run import Run, inference_of
 from gskd.structure import StructureReader, label_tensor, sample_points, similarity_map, structure_error
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="a teacher's run, students' runs, and key=value of their recipes")
     parser.add_argument("--split", default="val")
+    parser.add_argument("--of", choices=("features", "probabilities"), default="features", help="default features")
     parser.add_argument("--samples-per-class", type=int, default=8)
     parser.add_argument("--images", type=int, default=101, help="at most so many of the split")
     options = parser.parse_args()
@@ -35,7 +37,12 @@ def main() -> None:
     readers = []
     for run, recipe in zip(runs, recipes, strict=True):
         model = run.load_model()
-        readers.append(StructureReader(model, str(auto_tap(model, "features")), inference_of(recipe)))
+        if options.of == "features":
+            reader = StructureReader(model, str(auto_tap(model, "features")), inference_of(recipe))
+        else:
+            layer = str(auto_tap(model, "logits"))
+            reader = StructureReader(model, layer, inference_of(recipe), class_probabilities)
+        readers.append(reader)
     found: list[list[tuple[float, float, float]]] = [[] for _ in runs]
     for index in range(min(options.images, len(data))):
         sample = data[index]

@@ -5,6 +5,7 @@ Shape suffixes: M points, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from gskd.data import IGNORE
 from gskd.errors import GSKDError
 from gskd.evaluation import Inference, padded, scaled
+from gskd.losses._pixels import promote
 from gskd.losses._sampling import class_balanced_sample, read_points
 from gskd.losses.gskd import structural_similarity_map
 from gskd.models import normalise
@@ -61,10 +63,18 @@ class StructureReader:
         model: in eval mode while it is read.
         layer: see `gskd.taps.Taps`.
         inference: scale, mean and std are used.
+        describe: makes of what was read (..., C) what is returned (..., C'), as `GSKDLoss.compare` takes it: a softmax
+            for `LogitGSKDLoss`; nothing but float32 by default.
     """
 
-    def __init__(self, model: nn.Module, layer: str, inference: Inference) -> None:
-        self.model, self.layer, self.inference = model, layer, inference
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str,
+        inference: Inference,
+        describe: Callable[[Tensor], Tensor] = promote,
+    ) -> None:
+        self.model, self.layer, self.inference, self.describe = model, layer, inference, describe
         self.taps = Taps(model, [layer])
 
     @torch.no_grad()
@@ -76,7 +86,7 @@ class StructureReader:
             points: of the same image.
 
         Returns:
-            (M, C) and (C, h, w), the latter without what was padded.
+            (M, C') and (C', h, w), the latter without what was padded.
 
         Raises:
             GSKDError: the layer gives no map.
@@ -97,7 +107,7 @@ class StructureReader:
         rows, columns = points.index // points.size[1], points.index % points.size[1]
         read = read_points(maps, (rows * width + columns)[None], (height, width))[0]
         h, w = (max(1, round(maps.shape[2 + axis] * size[axis] / covered[axis])) for axis in (0, 1))
-        return read, maps[0, :, :h, :w]
+        return self.describe(read), self.describe(maps[0, :, :h, :w].movedim(0, 2)).movedim(2, 0)
 
 
 def similarity_map(read: Tensor) -> Tensor:

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from gskd import auto_tap
+from gskd.assembly import open_split
 from gskd.report import gather, write_page
 from gskd.report.content import BEFORE, TEACHER
-from gskd.run import Run
+from gskd.run import Run, inference_of
+from gskd.structure import StructureReader, similarity_everywhere, similarity_map
 from helpers import assert_refused, gskd, gskd_ok, snapshot
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -98,6 +101,29 @@ def test_the_student_before_training_is_the_one_that_was_trained(tiny):
         own = one.diagonal()  # 0 of a point at which no channel is active
         assert ((own - 1).abs().lt(1e-5) | own.eq(0)).all()
         assert structure.everywhere[name].shape[0] == len(one)
+
+
+def test_structure_is_of_what_was_distilled(tiny, tmp_path):
+    """Of a run with GSKD on class probabilities alone, it is theirs: not that of features nobody asked to move."""
+    run = tmp_path / "on_logits"
+    terms = "terms={gskd_logits: {weight: 10}}"
+    gskd_ok("distill", tiny.recipe, f"output={run}", terms, "teacher.cache=null", "train.steps=2")
+    content = gather([tiny.plain, run], images=1, explored=1)
+    write_page(content, tmp_path / "r.html")
+    assert content.vectors == "class probabilities"
+    assert (tmp_path / "r.html").read_text().count("of class probabilities") == 1
+    found = content.structures[0]
+    data = open_split(Run(run).load_recipe(), "val")
+    sample = data[0]
+    image = torch.from_numpy(sample.image).permute(2, 0, 1)
+    for name, folder in {TEACHER: tiny.teacher, "on_logits": run, "plain": tiny.plain}.items():
+        model, inference = Run(folder).load_model(), inference_of(Run(folder).load_recipe())
+        layer = auto_tap(model, "logits")
+        logits, everywhere = StructureReader(model, layer, inference).features(image, found.points)
+        torch.testing.assert_close(found.similarity[name], similarity_map(logits.softmax(1)))
+        shares = similarity_everywhere(logits.softmax(1), everywhere.softmax(0))
+        assert found.everywhere[name].mean().item() == pytest.approx(shares.mean().item(), abs=0.02)
+    assert gather([tiny.distilled, run], images=1, explored=0).vectors == "features"  # the first run's
 
 
 def test_a_run_of_train_alone_has_no_teacher(tiny):

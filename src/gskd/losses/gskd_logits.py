@@ -19,9 +19,9 @@ from gskd.losses._sampling import Policy
 from gskd.losses.gskd import GSKDLoss, StructuralTarget
 
 
-def _probabilities(logits: Tensor) -> Tensor:
-    """Of points (B, M, K)."""
-    return promote(logits).softmax(dim=2)
+def class_probabilities(logits: Tensor) -> Tensor:
+    """Of points (..., K), in at least float32."""
+    return promote(logits).softmax(dim=-1)
 
 
 class LogitGSKDLoss(nn.Module):
@@ -72,12 +72,12 @@ class LogitGSKDLoss(nn.Module):
 
     def target(self, teacher: Tensor, pixels: Pixels) -> StructuralTarget:
         """Samples the points and reads the teacher there; what does not change when the student does."""
-        return self.structure.target(teacher, pixels, _probabilities)
+        return self.structure.target(teacher, pixels, class_probabilities)
 
     def compare(self, student: Tensor, target: StructuralTarget, pixels: Pixels) -> Tensor:
         """The scalar loss against a target made before; the descriptors are drawn anew in every call."""
         require_maps("gskd_logits: student logits", student, channels=pixels.num_classes)
-        return self.structure.compare(student, target, pixels, _probabilities)
+        return self.structure.compare(student, target, pixels, class_probabilities)
 
     def target_settings(self) -> dict[str, Any]:
         """The arguments that `target` depends on: two losses that agree in them can share stored targets."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from gskd.data.selection import spread
 from gskd.errors import GSKDError
 from gskd.evaluation import Inference, padded, predict, scaled
 from gskd.layers import auto_tap
+from gskd.losses._pixels import promote
+from gskd.losses.gskd_logits import class_probabilities
 from gskd.metrics import RARE_SHARE
 from gskd.models import count_parameters
 from gskd.recipe import Recipe
@@ -38,6 +40,21 @@ _LONGEST = 640  # pixels of a picture's longer side
 _TILE = 48  # of a similarity picture's
 _COUNTED = 200  # images whose pixels say how common a class is
 TEACHER, BEFORE = "teacher", "student before training"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What of the networks is compared: that which the first run with GSKD distilled."""
+
+    kind: Literal["features", "logits"]
+    student: str
+    """A layer, or ``"auto"``."""
+    teacher: str
+
+    @property
+    def vectors(self) -> str:
+        """For people."""
+        return "class probabilities" if self.kind == "logits" else "features"
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,8 @@ class Content:
     """``metrics.jsonl`` by run."""
     recipes: dict[str, str]
     environment: dict[str, Any]
+    vectors: str
+    """Of the points whose similarity is shown: "features" or "class probabilities"."""
     pictures: list[Picture] = field(default_factory=list)
     structures: list[Structure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -137,7 +156,9 @@ def gather(
     for other in runs.values():
         other.check_classes(data, "report")
     notes = _differing(recipes, first, overrides)
-    networks, more = _networks(runs, recipes, data, on_progress)
+    distilling = {name: recipe for name, recipe in recipes.items() if runs[name].info()["kind"] == "distill"}
+    compared = _compared(distilling)
+    networks, more = _networks(runs, recipes, distilling, compared, data, on_progress)
     notes += more
     if comparison is not None:
         notes.append(
@@ -153,6 +174,7 @@ def gather(
         curves={name: one.read_metrics() for name, one in runs.items()},
         recipes={name: one.recipe_file.read_text(encoding="utf-8") for name, one in runs.items()},
         environment=run.info()["environment"],
+        vectors=compared.vectors,
         notes=notes,
         comparison=comparison,
     )
@@ -161,7 +183,7 @@ def gather(
         on_progress(f"picture {number + 1} of {len(chosen)}")
         content.pictures.append(_picture(data, index, networks))
         if number < explored and len([n for n in networks if n.layer]) > 1:
-            content.structures.append(_structure(data, index, number, networks))
+            content.structures.append(_structure(data, index, number, networks, compared))
     content.rows = [_row(network, results_of, data, content, on_progress) for network in networks]
     return content
 
@@ -227,14 +249,15 @@ def _finished(run: Run) -> dict[str, Any]:
 def _networks(
     runs: dict[str, Run],
     recipes: dict[str, Recipe],
+    distilling: dict[str, Recipe],
+    compared: Compared,
     data: SegmentationDataset,
     on_progress: Callable[[str], None],
 ) -> tuple[list[Network], list[str]]:
     """Teacher, the student as it was before training, and the students; and what had to be left out."""
     found: list[Network] = []
     notes: list[str] = []
-    distilling = {name: recipe for name, recipe in recipes.items() if runs[name].info()["kind"] == "distill"}
-    layers, distilled = _tapped(distilling), next(iter(distilling), None)
+    distilled = next(iter(distilling), None)
     teachers = {run.info().get("teacher_sha256") for name, run in runs.items() if name in distilling}
     if len(teachers) > 1:
         notes.append(f"The runs have different teachers: what is shown and compared with is that of {distilled}.")
@@ -248,38 +271,47 @@ def _networks(
         try:
             model, spec = build_teacher(recipe.teacher, data, recipe.augment.crop)
             inference = inference_of(replace(recipe, model=spec))
-            found.append(_network(TEACHER, model, inference, layers["teacher"], recipe))
+            found.append(_network(TEACHER, model, inference, compared.teacher, compared.kind, recipe))
         except GSKDError as error:
             notes.append(f"The teacher is left out: {error}")
     begun = recipes[begun_as]
     try:
         torch.manual_seed(begun.seed)  # as training begins
         model = build_recipe_model(begun.model, data, "model", begun.augment.crop)
-        found.append(_network(BEFORE, model, inference_of(begun), layers["student"], begun))
+        found.append(_network(BEFORE, model, inference_of(begun), compared.student, compared.kind, begun))
     except GSKDError as error:
         notes.append(f"The student before training is left out: {error}")
     for name, run in runs.items():
         on_progress(f"building {name}")
         recipe = recipes[name]
-        found.append(_network(name, run.load_model(recipe), inference_of(recipe), layers["student"], recipe))
+        model, inference = run.load_model(recipe), inference_of(recipe)
+        found.append(_network(name, model, inference, compared.student, compared.kind, recipe))
     return found, notes
 
 
-def _tapped(recipes: dict[str, Recipe]) -> dict[str, str]:
-    """The layers that GSKD reads in the first run that has it; ``"auto"`` without."""
+def _compared(recipes: dict[str, Recipe]) -> Compared:
+    """What GSKD reads in the first run that has it, be it on features or on class probabilities; features without."""
+    kinds: dict[str, Literal["features", "logits"]] = {"gskd": "features", "gskd_logits": "logits"}
     for recipe in recipes.values():
         for name, term in recipe.terms.items():
-            if (term.loss or name) == "gskd":
-                return {"student": str(term.student), "teacher": str(term.teacher)}
-    return {"student": "auto", "teacher": "auto"}
+            if kind := kinds.get(term.loss or name):
+                return Compared(kind, str(term.student), str(term.teacher))
+    return Compared("features", "auto", "auto")
 
 
-def _network(name: str, model: nn.Module, inference: Inference, layer: str, recipe: Recipe) -> Network:
+def _network(
+    name: str,
+    model: nn.Module,
+    inference: Inference,
+    layer: str,
+    kind: Literal["features", "logits"],
+    recipe: Recipe,
+) -> Network:
     model = model.eval().to(device_of(recipe))
     known: str | None = layer
     if layer == "auto":
         try:
-            tap = auto_tap(model, "features")
+            tap = auto_tap(model, kind)
             known = tap if isinstance(tap, str) else tap[-1]
         except GSKDError:
             known = None
@@ -311,7 +343,9 @@ def _picture(data: SegmentationDataset, index: int, networks: Sequence[Network])
     )
 
 
-def _structure(data: SegmentationDataset, index: int, number: int, networks: Sequence[Network]) -> Structure:
+def _structure(
+    data: SegmentationDataset, index: int, number: int, networks: Sequence[Network], compared: Compared
+) -> Structure:
     sample = data[index]
     image = torch.from_numpy(sample.image).permute(2, 0, 1)
     label = label_tensor(torch.from_numpy(sample.label), len(data.classes))
@@ -322,7 +356,8 @@ def _structure(data: SegmentationDataset, index: int, number: int, networks: Seq
     everywhere: dict[str, Tensor] = {}
     for network in networks:
         if network.layer is not None and len(points.index):
-            reader = StructureReader(network.model, network.layer, network.inference)
+            describe = class_probabilities if compared.kind == "logits" else promote
+            reader = StructureReader(network.model, network.layer, network.inference, describe)
             read, features = reader.features(image, points)
             maps[network.name] = similarity_map(read)
             tiles = similarity_everywhere(read, features)
