@@ -240,6 +240,17 @@ def test_a_teacher_to_train_replaces_the_one_that_the_base_names(tmp_path):
     assert comparison.variants[0].recipe.teacher.run == str(tmp_path / "out" / "teacher")
 
 
+def test_what_is_said_of_teacher_and_terms_for_all_is_the_students(tmp_path):
+    """So that the place of the cache can be named on the command line, beside that of the data."""
+    changes = {"teacher": {"cache": "elsewhere"}, "terms": {"kd": {"weight": 3}}, "augment": {"views": 4}}
+    comparison = load_comparison(
+        write(tmp_path, base="camvid_gskd", teacher="camvid_teacher", recipe=changes, variants={"all": {}})
+    )
+    student = comparison.variants[0].recipe
+    assert (student.teacher.cache, student.terms["kd"].weight, student.augment.views) == ("elsewhere", 3, 4)
+    assert (comparison.teacher.teacher, comparison.teacher.terms, comparison.teacher.augment.views) == (None, {}, 4)
+
+
 def test_more_steps_do_not_give_more_scores_to_pick_the_best_from(tmp_path):
     variant = load_comparison(write(tmp_path)).variants[0]
     assert (variant.at(0, tmp_path).train.steps, variant.at(0, tmp_path).eval.every) == (helpers.STEPS, 2)

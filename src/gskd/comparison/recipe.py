@@ -5,7 +5,7 @@
     output: runs/compare_camvid
     base: camvid_gskd            # what all variants share: a recipe file, or the name of a shipped one
     teacher: camvid_teacher      # trained first into output/teacher; without it the base names its teacher
-    recipe: {data: {root: data/camvid}}   # changes of base and teacher alike
+    recipe: {data: {root: data/camvid}}   # changes of base and teacher alike (teacher: and terms: of the base alone)
     seeds: [0, 1, 2]
     baseline: plain
     variants:
@@ -96,7 +96,9 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     teacher = None
     if tree.get("teacher") is not None:
         made = output / "teacher"
-        plain = {key: value for key, value in _merge(_base(tree, "teacher", where), shared).items() if key != "output"}
+        # The teacher learns from labels alone: where its own cache or terms would be, the base's are meant.
+        alike = {key: value for key, value in shared.items() if key not in ("teacher", "terms")}
+        plain = {key: value for key, value in _merge(_base(tree, "teacher", where), alike).items() if key != "output"}
         teacher = parse_recipe({**plain, "output": str(made)}, source=f"{where}: teacher")
         named = _mapping(base.get("teacher") or {}, f"{where}: base: teacher")
         base = {**base, "teacher": {**named, "run": str(made), "model": None}}
