@@ -56,7 +56,9 @@ class MGDLoss(nn.Module):
 
     Yang et al., "Masked Generative Distillation", ECCV 2022, arXiv 2205.01529, equations 3 and 4. The published loss
     sums over channels and pixels and divides by the images; this one is a mean over them all, so that it does not
-    depend on the crop: a published weight w is w * C * h * w here (2e-5 with C 512 and 64 x 128 pixels is 84).
+    depend on the crop: a published weight w is w * Ct * h * w here (2e-5 with 2048 channels and 64 x 64 pixels is 168).
+    It was published for the last stage of the backbone, where it is cheap: tap ``encoder[-1]`` of
+    segmentation_models_pytorch, ``backbone.layer4`` of torchvision.
 
     Called as ``term(student, teacher, pixels)`` with maps (B, Cs, h', w') and (B, Ct, h, w); the student's map is
     resized bilinearly to the teacher's size where they differ. Costs two 3x3 convolutions of width Ct.
