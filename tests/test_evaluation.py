@@ -81,6 +81,19 @@ def test_padding_and_windows_do_not_change_a_pointwise_model(size: tuple[int, in
     torch.testing.assert_close(logits, exact(model, image))
 
 
+def test_a_network_that_cannot_run_on_the_image_is_named_with_its_size() -> None:
+    class Fixed(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if images.shape[-2:] != (32, 32):
+                raise ValueError("expected 32 x 32")
+            return images
+
+    image = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    with pytest.raises(GSKDError, match=r"Fixed: cannot run on 64 x 64 pixels.* expected 32 x 32; eval\.mode: slide"):
+        predict(Fixed(), image, Inference())
+    assert predict(Fixed(), image, Inference(mode="slide", window=(32, 32))).shape == (3, 40, 60)
+
+
 def test_flip_averages_the_probabilities_of_both_sides() -> None:
     model, image = pointwise(), picture(21, 35)
     torch.testing.assert_close(predict(model, image, Inference(flip=True)), exact(model, image).softmax(0))

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gskd import trainer
+from gskd import GSKDError, trainer
 from gskd.metrics import ConfusionMatrix
 from gskd.recipe import load_recipe
+from gskd.run import Run
 from gskd.stops import EXIT_STOPPED
 from helpers import (
     TERMS,
     Killed,
+    assert_refused,
     assert_same_run,
     count_records,
     gskd,
@@ -262,10 +264,69 @@ def test_asked_to_stop_where_a_step_would_be_scored(recipe, whole, tmp_path, mon
     assert_same_run(run, whole)
 
 
+@pytest.mark.parametrize("call", [1, 3])
+def test_a_score_that_fails_costs_no_step(recipe, whole, tmp_path, monkeypatch, call):
+    """The image is damaged, or too large for the machine; put right, the run goes on from that very step."""
+    run, work, calls = tmp_path / "run", trainer.evaluate, []
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise GSKDError("val image 3: cannot be read")
+        return work(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "evaluate", failing)
+        outcome = gskd("distill", recipe, f"output={run}", "train.checkpoint_every=100", "eval.every=2")
+    assert (outcome.code, outcome.err.strip()) == (2, "gskd: val image 3: cannot be read")
+    assert len(scores(run)) == call - 1
+    said = gskd_ok("distill", recipe, f"output={run}", "train.checkpoint_every=100", "eval.every=2", "--resume").out
+    assert f"resumed at step {2 * call} of {STEPS}" in said
+    assert len(scores(run)) == 3
+    assert [record["loss"] for record in steps(run)] == [record["loss"] for record in steps(whole)]
+
+
+def test_a_run_that_is_being_trained_is_not_continued_by_another(recipe, tmp_path):
+    """Nor does what a kill leaves of it hold the folder."""
+    run, long = tmp_path / "run", ["train.steps=200", "data.workers=1", "eval.every=200"]
+    process = spawn("distill", recipe, f"output={run}", *long)
+    try:
+        wait_until(lambda: count_records(run) >= 2, process, 400)
+        before = count_records(run)
+        assert_refused(gskd("distill", recipe, f"output={run}", *long, "--resume"), str(run), "another process")
+        assert process.poll() is None
+        assert count_records(run) >= before
+    finally:
+        process.kill()
+        process.communicate()
+    assert [record["step"] for record in steps(run)] == list(range(1, len(steps(run)) + 1))
+    with Run(run).held():
+        pass
+
+
+def test_what_is_logged_of_a_step_is_the_mean_of_its_rounds(recipe, tmp_path, monkeypatch):
+    seen = []
+    work = trainer._forward
+
+    def forward(*arguments):
+        result = work(*arguments)
+        seen.append({"loss": result.loss.item(), **{name: value.raw.item() for name, value in result.terms.items()}})
+        return result
+
+    monkeypatch.setattr(trainer, "_forward", forward)
+    gskd_ok("distill", recipe, f"output={tmp_path / 'run'}", "train.steps=2", "train.accumulate=2")
+    assert len(seen) == 4
+    for number, record in enumerate(steps(tmp_path / "run")):
+        one, other = seen[2 * number : 2 * number + 2]
+        assert one["loss"] != other["loss"]
+        found = {"loss": record["loss"], **{name: value["raw"] for name, value in record["terms"].items()}}
+        assert found == pytest.approx({name: (one[name] + other[name]) / 2 for name in one}, rel=1e-5)
+
+
 def test_asked_twice_it_stops_at_once(recipe, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         send(signal.SIGINT, patched, trainer, "_forward", 2)
-        send(signal.SIGINT, patched, trainer, "_values", 2)
+        send(signal.SIGINT, patched, trainer, "_numbers", 2)
         stopped = gskd("distill", recipe, f"output={tmp_path / 'run'}")
     assert stopped.code == 130
 

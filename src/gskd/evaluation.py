@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gskd.data import SegmentationDataset
 from gskd.distributed import rank, world_size
-from gskd.errors import GSKDError
+from gskd.errors import GSKDError, described
 from gskd.metrics import ConfusionMatrix, Score
 from gskd.models import normalise
 from gskd.outputs import logits_of
@@ -134,7 +134,15 @@ def _padded_logits(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Tens
     with torch.autocast(
         images.device.type, dtype=torch.bfloat16 if dtype == torch.float32 else dtype, enabled=dtype != torch.float32
     ):
-        logits = logits_of(model(images)).float()
+        try:
+            output = model(images)
+        except Exception as error:  # whatever a foreign forward raises
+            size = f"{images.shape[-2]} x {images.shape[-1]} pixels"
+            raise GSKDError(
+                f"{type(model).__name__}: cannot run on {size}, as it is scored: {described(error)};"
+                " eval.mode: slide scores windows of eval.window"
+            ) from error
+        logits = logits_of(output).float()
     if logits.shape[-2:] != images.shape[-2:]:
         logits = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
     return logits[..., :height, :width]
@@ -159,7 +167,7 @@ def evaluate(
         stop: looked at between samples.
 
     Raises:
-        GSKDError: the model gives another number of classes than the dataset has.
+        GSKDError: the model cannot run on an image, or gives another number of classes than the dataset has.
         Stopped: ``stop`` was requested, on any process.
     """
     inference = inference or Inference()
@@ -189,7 +197,7 @@ def predictions(
     The model is in eval mode while this runs and left in the mode it was in.
 
     Raises:
-        GSKDError: the model gives another number of classes than the dataset has.
+        GSKDError: the model cannot run on an image, or gives another number of classes than the dataset has.
     """
     device = next(model.parameters(), torch.zeros(())).device
     with eval_mode(model):

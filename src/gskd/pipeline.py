@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from gskd.data.selection import find_unreadable, without
 from gskd.distiller import Distiller
 from gskd.distributed import lost_process_named, rank, sum_over_processes, world_size
 from gskd.errors import GSKDError
-from gskd.evaluation import evaluate
+from gskd.evaluation import evaluate, predictions
 from gskd.fast_teacher import TeacherPath, Trial
 from gskd.metrics import Score
 from gskd.models import count_parameters, load_weights
@@ -104,15 +105,16 @@ def train_model(
         distiller, teacher_model = build_distiller(recipe, student, train_data)
     teacher = distiller.teacher
     accelerator.wait_for_everyone()  # all have looked at the folder before the first one lays it out
-    if accelerator.is_main_process:
-        taught_by = recipe.teacher if distill else None
-        if not resume:
-            run.create(recipe, kind, train_data, taught_by, left_out)
-        elif accept_changes:
-            run.accept(recipe, taught_by, train_data, left_out)
-    accelerator.wait_for_everyone()
 
-    with progress, lost_process_named(), StopRequest() as stop:
+    with contextlib.ExitStack() as scope, progress, lost_process_named(), StopRequest() as stop:
+        if accelerator.is_main_process:
+            taught_by = recipe.teacher if distill else None
+            if not resume:
+                run.create(recipe, kind, train_data, taught_by, left_out)
+            scope.enter_context(run.held())
+            if resume and accept_changes:
+                run.accept(recipe, taught_by, train_data, left_out)
+        accelerator.wait_for_everyone()
         progress.say(
             f"{run.path}: {type(student).__name__} with {count_parameters(student) / 1e6:.2f} M parameters"
             f" on {accelerator.device}"
@@ -127,17 +129,20 @@ def train_model(
             progress.say(slow)
         scored = {split: splits[split] for split in (recipe.data.val, recipe.data.test) if split}
         teacher_score: Score | None = None
-        if teacher is not None and teacher_model is not None:
-            assert recipe.teacher is not None
-            spec = replace(recipe, model=teacher_model)
-            inference = inference_of(spec)
-            if recipe.teacher.precision is not None and recipe.eval.precision is None:
-                inference = replace(inference, dtype=teacher_dtype(recipe))
-            teacher.to(accelerator.device, memory_format=layout_of(recipe))  # type: ignore[call-overload]
-            counter = progress.counter(f"scoring the teacher on {recipe.data.val}")
-            teacher_score = evaluate(teacher, val_data, inference, counter, stop)
-            progress.score(f"teacher on {recipe.data.val}", teacher_score)
         try:
+            # What cannot be scored must not be found after the first hours of training.
+            student.to(accelerator.device)
+            next(predictions(student, val_data, inference_of(recipe), [0]))
+            if teacher is not None and teacher_model is not None:
+                assert recipe.teacher is not None
+                spec = replace(recipe, model=teacher_model)
+                inference = inference_of(spec)
+                if recipe.teacher.precision is not None and recipe.eval.precision is None:
+                    inference = replace(inference, dtype=teacher_dtype(recipe))
+                teacher.to(accelerator.device, memory_format=layout_of(recipe))  # type: ignore[call-overload]
+                counter = progress.counter(f"scoring the teacher on {recipe.data.val}")
+                teacher_score = evaluate(teacher, val_data, inference, counter, stop)
+                progress.score(f"teacher on {recipe.data.val}", teacher_score)
             cache = None
             if teacher_model is not None and recipe.teacher is not None and recipe.teacher.cache is not None:
                 cache = _whole_cache(CacheSource(recipe, distiller, teacher_model, train_data), progress, stop)

@@ -16,8 +16,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,18 @@ from gskd.evaluation import Inference
 from gskd.fast_teacher import TeacherPath
 from gskd.models import load_weights, read_metadata
 from gskd.recipe import Precision, Recipe, TeacherPrecision, TeacherRecipe, dump_recipe, load_recipe
+
+_HELD: set[int] = set()
+"""Open folders whose lock this process has. A loading process, which may outlive a kill, must not have it too."""
+
+
+def _let_go() -> None:
+    for folder in _HELD:
+        os.close(folder)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,31 @@ class Run:
         }
         write_text(self.info_file, json.dumps(info, indent=1))
         write_text(self.recipe_file, dump_recipe(recipe))  # last: it is what makes the folder a run
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While this lasts no other process may train in the folder; ended by a kill too. Nothing is left in it.
+
+        Raises:
+            GSKDError: another process does.
+        """
+        if os.name == "nt":  # no lock on a folder
+            yield
+            return
+        import fcntl
+
+        folder = os.open(self.path, os.O_RDONLY)
+        _HELD.add(folder)
+        try:
+            with contextlib.suppress(OSError):  # a network disk that has no locks
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise GSKDError(f"run {self.path}: another process is training it") from None
+            yield
+        finally:
+            _HELD.discard(folder)
+            os.close(folder)
 
     def check_free(self) -> None:
         """Raises `GSKDError` where the folder cannot take a new run."""

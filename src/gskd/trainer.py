@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from gskd.checkpoint import latest_checkpoint, restore, save_checkpoint
 from gskd.data import SegmentationDataset
 from gskd.data.loading import batches, moved
 from gskd.data.views import PositionSampler, TrainingViews, sample_at
-from gskd.distiller import Distillation, Distiller
+from gskd.distiller import Distillation, Distiller, TermValue
 from gskd.distributed import sum_over_processes, world_size
 from gskd.errors import GSKDError
 from gskd.evaluation import evaluate
@@ -107,6 +107,14 @@ def fit(
     return loop.run_from(loop.restore() if resume else 0)
 
 
+class StepValue(NamedTuple):
+    """What a step came to, over all its rounds."""
+
+    loss: Tensor
+    """Scalar, detached."""
+    terms: dict[str, TermValue]
+
+
 class _Loop:
     """The state of one training, and what is done with it at each step."""
 
@@ -179,13 +187,13 @@ class _Loop:
         started = time.perf_counter() - self.seconds
         for step in range(first_step, train.steps):
             done = step + 1
-            result = self.take_step(step, model, prepared, views)
+            value = self.take_step(step, model, prepared, views)
             if step == first_step and self.accelerator.num_processes > 1:
                 _check_all_used(self.distiller)
             prepared.zero_grad()
             self.seconds = time.perf_counter() - started
-            if result is not None and (done % train.log_every == 0 or done == train.steps):
-                self.report(done, result)
+            if value is not None and (done % train.log_every == 0 or done == train.steps):
+                self.report(done, value)
             scoring = done % every == 0 or done == train.steps
             # Several processes ask each other, which waits for all of them.
             asking = self.accelerator.num_processes == 1 or done % _STEPS_BETWEEN_STOPS == 0 or scoring
@@ -196,19 +204,23 @@ class _Loop:
                     score = self.score(done)
                 except Stopped:
                     self.stop_here(done, scored=False)
+                except BaseException:  # an image that cannot be read, or too large: the steps done are not its price
+                    self.save(done, scored=False)
+                    raise
             if done % train.checkpoint_every == 0 or done == train.steps:
                 self.save(done)
             if scoring:
                 started = time.perf_counter() - self.seconds  # throughput is that of training alone
         return score
 
-    def take_step(self, step: int, model: nn.Module, prepared: Any, views: Iterator[Any]) -> Distillation | None:
+    def take_step(self, step: int, model: nn.Module, prepared: Any, views: Iterator[Any]) -> StepValue | None:
         """Forward, backward and update; None where the gradient is not finite and the step is skipped."""
         train, accelerator = self.recipe.train, self.accelerator
         seed_step(self.recipe.seed, step, accelerator.process_index)
         for group in self.optimizer.param_groups:
             group["lr"] = train.lr * learning_rate_factor(step, train)
         self.guard.before_forward()
+        rounds: list[StepValue] = []
         for round_ in range(train.accumulate):
             images, labels, *targets = moved(next(views), accelerator.device)
             inputs = _normalised(images, self.recipe.model, self.teacher_model, layout_of(self.recipe))
@@ -216,20 +228,22 @@ class _Loop:
             with contextlib.nullcontext() if last_round else accelerator.no_sync(model):
                 result: Distillation = _forward(model, inputs, labels, *targets)
                 accelerator.backward(result.loss / train.accumulate)
+            rounds.append(StepValue(result.loss.detach(), result.terms))
+        value = _mean(rounds)
         if not self.guard.gradient_is_finite():
             self.guard.undo_forward()
-            self.skip(step, result, inputs[0])
+            self.skip(step, value, inputs[0])
             if accelerator.scaler is not None:
                 prepared.step()  # leaves the step out itself, and learns its scale from it
             return None
         if train.clip is not None:
             accelerator.clip_grad_norm_(model.parameters(), train.clip)
         prepared.step()
-        return result
+        return value
 
-    def skip(self, step: int, result: Distillation, images: Tensor) -> None:
+    def skip(self, step: int, value: StepValue, images: Tensor) -> None:
         """Counts and names a step without a finite gradient."""
-        loss, terms = _values(result)
+        loss, terms = _numbers(value)
         scaler = self.accelerator.scaler
         if scaler is not None and math.isfinite(loss) and scaler.get_scale() >= 1:
             return  # a loss scaler finds its scale by steps that overflow
@@ -241,11 +255,11 @@ class _Loop:
         if self.accelerator.is_main_process:
             self.folder.add_metrics({"step": step + 1, "skipped": samples})
 
-    def report(self, done: int, result: Distillation) -> None:
+    def report(self, done: int, value: StepValue) -> None:
         """Loss, terms, rate and pace: to the metrics, the trackers and the progress line."""
-        loss, terms = _values(result)
+        loss, terms = _numbers(value)
         if not math.isfinite(loss):  # with a finite gradient, or it had been skipped
-            values = ", ".join(f"{name} {value['raw']:.4g}" for name, value in terms.items())
+            values = ", ".join(f"{name} {one['raw']:.4g}" for name, one in terms.items())
             raise GSKDError(f"step {done}: the loss is {loss} ({values}); a lower train.lr or train.clip may help")
         pace = max(self.seconds, 1e-9) / done
         record = {
@@ -303,11 +317,22 @@ def _samples(data: SegmentationDataset, recipe: Recipe, step: int) -> list[str]:
     return [data.name(sample_at(recipe.seed, position, len(data))[0]) for position in positions]
 
 
-def _values(result: Distillation) -> tuple[float, dict[str, dict[str, float]]]:
+def _mean(rounds: Sequence[StepValue]) -> StepValue:
+    """Of the rounds of a step, whose gradients are averaged as well."""
+    terms = {
+        name: TermValue(
+            *(torch.stack(parts).mean() for parts in zip(*(one.terms[name] for one in rounds), strict=True))
+        )
+        for name in rounds[0].terms
+    }
+    return StepValue(torch.stack([one.loss for one in rounds]).mean(), terms)
+
+
+def _numbers(value: StepValue) -> tuple[float, dict[str, dict[str, float]]]:
     """Loss and terms as numbers. A process has those of its own images; their mean over processes is the batch's."""
-    flat = torch.stack([result.loss.detach().float(), *(x.float() for value in result.terms.values() for x in value)])
+    flat = torch.stack([value.loss.float(), *(part.float() for term in value.terms.values() for part in term)])
     loss, *rest = (sum_over_processes(flat) / world_size()).tolist()
-    pairs = zip(result.terms, rest[::2], rest[1::2], strict=True)
+    pairs = zip(value.terms, rest[::2], rest[1::2], strict=True)
     return loss, {name: {"raw": raw, "weighted": weighted} for name, raw, weighted in pairs}
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import yaml
@@ -128,6 +129,40 @@ def test_a_finished_grid_is_not_made_again_and_can_grow(compared):
     assert "begun: kd seed 1" in added.out
     after = helpers.snapshot(output / "runs")
     assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize("change", ["images", "labels"])
+def test_runs_are_compared_on_the_same_images_and_labels(compared, tmp_path, change):
+    """What was kept of one run is of a test split that has changed since: another image, or other labels."""
+    path, output, _ = compared
+    copy = tmp_path / "copy"
+    shutil.copytree(output, copy)
+    options = ["compare", path, f"output={copy}", "--table", "equal_seconds=off"]
+    helpers.gskd_ok(*options)
+    expected = json.loads((copy / "results.json").read_text())["rows"]
+    kept = next((copy / "runs/kd/seed-0").glob("counts_test_*.npy"))
+    counts = np.load(kept)
+    stale = np.concatenate([counts, counts[:1]]) if change == "images" else counts + np.eye(3, dtype=np.int64)[:, [1]]
+    np.save(kept, stale)
+    said = helpers.gskd_ok(*options).out
+    assert "images or labels of test have changed" in said
+    assert json.loads((copy / "results.json").read_text())["rows"] == expected
+    assert np.array_equal(np.load(kept), counts)
+
+
+def test_a_test_split_without_labels_is_not_compared_on(compared, tmp_path):
+    path, output, _ = compared
+    copy = tmp_path / "copy"
+    shutil.copytree(output, copy)
+    for file in copy.rglob("result.json"):
+        result = json.loads(file.read_text())
+        result["best"]["test"]["miou"] = None
+        file.write_text(json.dumps(result))
+    helpers.gskd_ok("compare", path, f"output={copy}", "--table", "equal_seconds=off")
+    results = json.loads((copy / "results.json").read_text())
+    assert results["compared_on"] == "val"
+    assert {row["variant"]: row["miou"]["test"]["0"] for row in results["rows"]} == {"plain": None, "kd": None}
+    assert results["rows"][1]["difference"]["all"]["low"] <= results["rows"][1]["difference"]["all"]["high"]
 
 
 def test_a_finished_run_is_not_taken_for_one_of_another_recipe_or_teacher(compared, tmp_path):

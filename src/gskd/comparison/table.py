@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ from gskd.run import Run, device_of, inference_of
 def write_tables(comparison: Comparison, console: Console) -> dict[str, Any]:
     """Prints the table of what is finished, and writes ``results.json``, ``results.csv``, ``results.md`` and ``.png``.
 
-    Differences to the baseline are on the recipe's test split, else on val; see `paired_difference`.
+    Differences to the baseline are on the recipe's test split, on val where none is named or it has no labels; see
+    `paired_difference`. Where images or labels of that split have changed between runs, all are scored again on it.
 
     Returns:
         The content of ``results.json``.
@@ -61,6 +62,7 @@ def write_tables(comparison: Comparison, console: Console) -> dict[str, Any]:
                 }
                 for variant in comparison.variants
             }
+            _score_alike([cell for mine in cells.values() for cell in mine.values()], progress)
             rows += [
                 _row(name, round_, mine, cells[comparison.baseline], progress) for name, mine in cells.items() if mine
             ]
@@ -92,15 +94,30 @@ def write_tables(comparison: Comparison, console: Console) -> dict[str, Any]:
 
 
 def _compared(cell: Cell) -> str:
-    return cell.recipe.data.test or cell.recipe.data.val
+    data = cell.recipe.data
+    if data.test and cell.run.read_result()["best"].get(data.test, {}).get("miou") is not None:
+        return data.test
+    return data.val
 
 
-def _counts(cell: Cell, progress: Progress) -> np.ndarray:
+def _score_alike(cells: Sequence[Cell], progress: Progress) -> None:
+    """Scores all runs again where what is kept of them is not of the same images and labels."""
+    labelled = [_counts(cell, progress)[:, 1] for cell in cells]
+    if any(not np.array_equal(one, labelled[0]) for one in labelled[1:]):
+        split = _compared(cells[0])
+        progress.say(
+            f"images or labels of {split} have changed since some runs were scored: all are scored again on it"
+        )
+        for cell in cells:
+            _counts(cell, progress, anew=True)
+
+
+def _counts(cell: Cell, progress: Progress, anew: bool = False) -> np.ndarray:
     """Per image and class, of the run's best weights on the split that is compared; kept in the run folder."""
     split = _compared(cell)
     settings = json.dumps(asdict(cell.recipe.eval), sort_keys=True, default=str)
     kept = cell.run.path / f"counts_{split}_{hashlib.sha256(settings.encode()).hexdigest()[:8]}.npy"
-    if kept.is_file() and kept.stat().st_mtime >= cell.run.result.stat().st_mtime:
+    if not anew and kept.is_file() and kept.stat().st_mtime >= cell.run.result.stat().st_mtime:
         with contextlib.suppress(ValueError, OSError):  # a damaged file is made again
             loaded: np.ndarray = np.load(kept, allow_pickle=False)
             return loaded

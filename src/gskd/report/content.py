@@ -210,7 +210,7 @@ def _differing(recipes: dict[str, Recipe], first: Recipe, overrides: Sequence[st
 def _shown(folder: Path, results: dict[str, Any]) -> list[Path]:
     """The runs of a comparison that are worth a picture: the baseline, the best others, and the best with GSKD."""
     split, steps = results["compared_on"], [row for row in results["rows"] if row["round"] == "steps"]
-    ranked = sorted(steps, key=lambda row: -float(np.mean(list(row["miou"][split].values()))))
+    ranked = sorted(steps, key=lambda row: -float(np.mean([score or 0.0 for score in row["miou"][split].values()])))
     others = [row["variant"] for row in ranked if row["variant"] != results["baseline"]]
     with_gskd = {
         row["variant"]
