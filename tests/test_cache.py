@@ -1,10 +1,12 @@
 """Stored teacher targets: the loss from them is the loss with the teacher; what is stale or damaged is never used."""
 
+import importlib
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
+from torch import nn
 
 from gskd import Distiller, GSKDLoss, KDLoss, MSELoss, Term
-from gskd.cache import CacheSource, _content_hash
+from gskd.architectures import build_model
+from gskd.cache import CacheSource, _content_hash, code_stamp
 from gskd.data.datasets import open_dataset
 from gskd.data.layouts import folder_pairs
 from gskd.data.legend import make_legend
@@ -277,6 +281,23 @@ def test_anything_else_is_another_cache(recipe, tiny, tmp_path):
         assert "to make" not in gskd_ok("cache", "build", recipe, same).out, same
     after = snapshot(tmp_path / "cache")
     assert {name: after.get(name) for name in before} == before
+
+
+def test_another_code_of_the_teacher_is_another_cache(tmp_path, monkeypatch):
+    """Weights and name are the same; libraries count by their version, code of one's own by its file."""
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "import torch.nn as nn\nclass Mine(nn.Module):\n    def forward(self, x):\n        return {}x\n"
+    stamps = []
+    for sign in ("", "-", ""):
+        (tmp_path / "my_teacher.py").write_text(source.format(sign))
+        sys.modules.pop("my_teacher", None)
+        importlib.invalidate_caches()
+        stamps.append(code_stamp(nn.Sequential(importlib.import_module("my_teacher").Mine(), nn.ReLU())))
+    sys.modules.pop("my_teacher")
+    assert stamps[0] == stamps[2] != stamps[1]
+    assert stamps[0]["torch"] == torch.__version__
+    built = code_stamp(build_model("smp:Unet", {"encoder_name": "tu-mobilenetv3_small_050", "encoder_weights": None}))
+    assert set(built) == {"segmentation_models_pytorch", "timm", "torch"}
 
 
 def test_the_stamp_of_files_is_of_their_bytes(tmp_path, tiny):

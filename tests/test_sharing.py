@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from gskd import GSKDError
 from gskd.data.datasets import open_dataset
-from gskd.evaluation import predict
+from gskd.evaluation import Inference, predict
 from gskd.run import Run, inference_of
 from gskd.sharing import PretrainedStudent, share_run
 from helpers import assert_refused, gskd, gskd_ok
@@ -47,6 +47,36 @@ def test_the_card_says_what_it_is_and_nothing_of_the_machine(tiny, folder):
     assert "Teacher: teacher" in card.text
     for file in ("README.md", "config.json"):
         assert str(tiny.folder) not in (folder / file).read_text()
+
+
+def test_it_runs_in_windows_where_it_was_scored_in_windows(tiny, tmp_path):
+    run = tmp_path / "run"
+    gskd_ok("train", tiny.recipe, f"output={run}", "eval.mode=slide", "eval.window=[32,32]", "eval.overlap=0.5")
+    share_run(Run(run), tmp_path / "shared")
+    student = PretrainedStudent.from_pretrained(tmp_path / "shared")
+    image = open_dataset("scenes", None, "val", {"size": [60, 90], "length": 1})[0].image
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    inference = inference_of(Run(run).load_recipe())
+    expected = predict(Run(run).load_model(), pixels, inference)
+    assert not torch.equal(expected, predict(Run(run).load_model(), pixels, Inference()))
+    assert np.array_equal(student.label_map(image), expected.argmax(0).numpy())
+    assert "Windows of 32 x 32 at scale 1." in (tmp_path / "shared" / "README.md").read_text()
+
+
+def test_the_card_names_no_place_of_the_machine(tiny, tmp_path):
+    """Neither that of the weights that training began from, nor any in the options of the data."""
+    run = tmp_path / "run"
+    gskd_ok("train", tiny.recipe, f"output={run}", f"model.weights={tiny.plain}")
+    recipe = (run / "recipe.yaml").read_text()
+    assert str(tiny.plain) in recipe
+    (run / "recipe.yaml").write_text(recipe.replace("length: 4", f"length: 4\n    note: [{tmp_path}/x.csv]"))
+    share_run(Run(run), tmp_path / "shared")
+    for file in (tmp_path / "shared").glob("*.[mj]*"):
+        assert str(tmp_path) not in file.read_text().replace(str(tmp_path / "shared"), "")
+        assert str(tiny.folder) not in file.read_text()
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert "weights: plain" in card
+    assert "x.csv" in card
 
 
 def test_a_weight_that_is_missing_is_an_error(folder, tmp_path):

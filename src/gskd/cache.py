@@ -23,6 +23,7 @@ import random
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -54,6 +55,8 @@ _FORMAT = 1
 """Counts changes of what is stored and of how targets are made."""
 _MATTER = ("gskd", "torch", "torchvision", "pillow")
 """Packages whose version may change what a view or a target holds."""
+_LIBRARIES = ("torch", "torchvision", "timm", "segmentation_models_pytorch", "transformers")
+"""Of other code, which may change with its version unchanged, the files count."""
 _VIEWS_PER_SHARD = 128
 _VIEWS_PER_PASS = 8  # fixed, since the points that are sampled depend on which images share a pass
 _SHARD = re.compile(r"(\d{5,})-([0-9a-f]{16})\.safetensors")
@@ -246,6 +249,7 @@ class TeacherCache:
         args = without_pretraining(teacher_model.name, teacher_model.args)
         shared = {
             "versions": {"format": _FORMAT, **{name: version(name) for name in _MATTER}},
+            "code": code_stamp(distiller.teacher),
             "teacher": asdict(replace(teacher_model, args=args, weights=None)),
             "weights": weights_hash(distiller.teacher),
             "precision": str(recipe.teacher.precision or recipe.train.precision),
@@ -320,6 +324,20 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def code_stamp(model: nn.Module) -> dict[str, str]:
+    """What a model computes with its weights: the version of each known library that its layers come from, and for
+    all other code the hash of the file that they are defined in."""
+    found: dict[str, str] = {}
+    for name in sorted({type(module).__module__ for module in model.modules()}):
+        package = name.partition(".")[0]
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if package in _LIBRARIES:
+            found[package] = version(package)
+        elif package != __package__ and file is not None:  # our own version counts anyway
+            found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found
 
 
 def fill_cache(cache: TeacherCache, source: CacheSource, progress: Progress, stop: StopRequest | None = None) -> None:

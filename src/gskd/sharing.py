@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from gskd.checkpoint import require_new_folder
 from gskd.errors import GSKDError
 from gskd.evaluation import Inference, predict
 from gskd.export import Deployed
-from gskd.recipe import Recipe, dump_recipe
+from gskd.recipe import ModelRecipe, Recipe, dump_recipe
 from gskd.run import Run, inference_of
 
 _LOADING = """```python
@@ -48,7 +48,8 @@ class PretrainedStudent(
         classes: their names.
         palette: their colours, [red, green, blue] each.
         mean, std: of the channels in 0..1.
-        scales, flip: how it was scored, and how `label_map` runs it.
+        scales, flip, mode, window, overlap: how it was scored, and how `label_map` runs it; see
+            `gskd.evaluation.Inference`.
         facts: scores, recipe and teacher, for the model card.
 
     Raises:
@@ -65,6 +66,9 @@ class PretrainedStudent(
         std: Sequence[float],
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
+        mode: Literal["whole", "slide"] = "whole",
+        window: Sequence[int] = (512, 512),
+        overlap: float = 0.33,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -72,7 +76,9 @@ class PretrainedStudent(
         model = build_model(name, without_pretraining(name, dict(args)), len(classes))
         self.network = Deployed(model, mean, std)
         self.classes, self.palette = tuple(classes), np.asarray(palette, np.uint8)
-        self.inference = Inference(scales=tuple(scales), flip=flip, mean=tuple(mean), std=tuple(std))
+        self.inference = Inference(
+            mode, (window[0], window[1]), overlap, tuple(scales), flip, mean=tuple(mean), std=tuple(std)
+        )
         self.facts = dict(facts or {})
         self.eval()
 
@@ -98,6 +104,9 @@ class PretrainedStudent(
             std=list(inference.std),
             scales=list(inference.scales),
             flip=inference.flip,
+            mode=inference.mode,
+            window=list(inference.window),
+            overlap=inference.overlap,
             facts=_facts(run, recipe, licence),
         )
         student.network.model = run.load_model(recipe)
@@ -143,8 +152,10 @@ class PretrainedStudent(
         ]
         if scores:
             text.append(f"| split | mIoU | pixel accuracy |\n|---|---|---|\n{scores}")
-            scales = ", ".join(f"{scale:g}" for scale in self.inference.scales)
-            text.append(f"Whole images at scale {scales}{', with flips' if self.inference.flip else ''}.")
+            scored = self.inference
+            scales = ", ".join(f"{scale:g}" for scale in scored.scales)
+            how = "Whole images" if scored.mode == "whole" else "Windows of {} x {}".format(*scored.window)
+            text.append(f"{how} at scale {scales}{', with flips' if scored.flip else ''}.")
         if facts.get("teacher"):
             text.append(f"Teacher: {facts['teacher']}.")
         if facts.get("recipe"):
@@ -188,6 +199,21 @@ def share_run(run: Run, output: Path, licence: str | None = None, push: str | No
             raise GSKDError(f"hub {push}: {reason}; the folder {output} is complete") from None
 
 
+def _public(model: ModelRecipe) -> ModelRecipe:
+    return replace(model, weights=model.weights and Path(model.weights).name, args=_anywhere(model.args))
+
+
+def _anywhere(value: Any) -> Any:
+    """A value of a recipe with the names of files and folders in it, and not their places."""
+    if isinstance(value, dict):
+        return {key: _anywhere(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_anywhere(one) for one in value]
+    if isinstance(value, str) and Path(value).expanduser().is_absolute():
+        return Path(value).name
+    return value
+
+
 def _facts(run: Run, recipe: Recipe, licence: str | None) -> dict[str, Any]:
     result = run.read_result() if run.result.is_file() else {}
     distilled = run.info()["kind"] == "distill"
@@ -196,10 +222,12 @@ def _facts(run: Run, recipe: Recipe, licence: str | None) -> dict[str, Any]:
         spec = recipe.teacher.model
         teacher = spec.name if spec is not None else Path(recipe.teacher.run or "").name
     # Where things stood on the machine that trained it is nobody else's business.
-    public = replace(recipe, output=run.path.resolve().name, data=replace(recipe.data, root=None))
+    data = replace(recipe.data, root=None, options=_anywhere(recipe.data.options))
+    public = replace(recipe, output=run.path.resolve().name, data=data, model=_public(recipe.model))
     if public.teacher is not None:
         named = public.teacher.run and Path(public.teacher.run).name
-        public = replace(public, teacher=replace(public.teacher, cache=None, run=named))
+        model = public.teacher.model and _public(public.teacher.model)
+        public = replace(public, teacher=replace(public.teacher, cache=None, run=named, model=model))
     return {
         "title": run.path.resolve().name,
         "made": "distilled" if distilled else "trained",
