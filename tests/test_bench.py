@@ -46,6 +46,13 @@ def test_the_score_is_that_of_evaluation(tiny, measured, tmp_path):
 
 
 @pytest.mark.slow
+def test_it_says_where_the_run_was_scored_otherwise(tiny, measured, tmp_path):
+    said = gskd_ok("bench", tiny.distilled, "-o", tmp_path / "b", "eval.flip=true", "--images", 1).out
+    assert "one pass over whole images at scale 1, which the run itself was not" in " ".join(said.split())
+    assert "one pass over" not in measured[1]
+
+
+@pytest.mark.slow
 def test_eight_bits_are_eight_bits(measured):
     import onnx
 

@@ -382,6 +382,15 @@ def test_a_finished_run_can_be_made_longer(recipe, whole, tmp_path):
     assert (run / "result.json").is_file()
 
 
+def test_a_run_cannot_be_made_shorter_than_it_is(recipe, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = snapshot(run)
+    outcome = gskd("distill", recipe, f"output={run}", "train.steps=2", "--resume", "--accept-changes")
+    assert_refused(outcome, "train.steps: 2", f"has done {STEPS}")
+    assert snapshot(run) == before
+
+
 def test_other_training_samples_are_refused(tiny, tmp_path, monkeypatch):
     root, run = tmp_path / "data", tmp_path / "run"
     pictures(root, ["a", "b", "c", "d"])

@@ -58,6 +58,16 @@ def test_a_file_of_classes_is_used(tmp_path):
     gskd_ok("data", "check", tmp_path / "mine" / "teacher.yaml")
 
 
+def test_masks_of_0_and_255_are_two_classes_where_a_file_says_so(tmp_path):
+    """As the refusal of them says."""
+    folder(tmp_path / "data", values=(0, 255))
+    (tmp_path / "data" / "classes.csv").write_text("name,value\nbackground,0\nforeground,255\n")
+    gskd_ok("init", tmp_path / "data", "-o", tmp_path / "mine")
+    said = gskd_ok("data", "check", tmp_path / "mine" / "student.yaml").out
+    assert "foreground" in said
+    assert "without a pixel" not in said
+
+
 def test_what_is_offered_in_comments_can_be_taken(tmp_path):
     gskd_ok("init", folder(tmp_path / "data"), "-o", tmp_path / "mine")
     taken = 0
@@ -91,7 +101,7 @@ def test_a_public_layout_is_recognised(tmp_path):
     assert yaml.safe_load((tmp_path / "mine" / "student.yaml").read_text())["data"]["dataset"] == "camvid"
 
 
-@pytest.mark.parametrize("case", ["empty", "no folder", "scattered", "colours", "exists"])
+@pytest.mark.parametrize("case", ["empty", "no folder", "scattered", "colours", "exists", "one class"])
 def test_refused(tmp_path, case):
     root, out = tmp_path / "data", tmp_path / "mine"
     part = {
@@ -100,11 +110,12 @@ def test_refused(tmp_path, case):
         "scattered": "too scattered to be class indices; write classes.csv there",
         "colours": "the mask is RGB",
         "exists": "mine: exists already",
+        "one class": "masks hold 0 and 255, and 255 counts nowhere unless it is named as a class",
     }[case]
     if case == "empty":
         root.mkdir()
     elif case != "no folder":
-        folder(root, values=(0, 40, 250) if case == "scattered" else (0, 1))
+        folder(root, values={"scattered": (0, 40, 250), "one class": (0, 255)}.get(case, (0, 1)))
     if case == "colours":
         Image.new("RGB", (100, 70)).save(root / "masks" / "train" / "0.png")
     if case == "exists":

@@ -25,7 +25,7 @@ from gskd.errors import GSKDError, described
 from gskd.evaluation import scaled
 from gskd.export import deployed, export_run, open_onnx, quietly, require_packages
 from gskd.metrics import ConfusionMatrix
-from gskd.recipe import Recipe
+from gskd.recipe import EvalMode, Recipe
 from gskd.run import Run
 from gskd.speed import Latency, latency
 
@@ -98,6 +98,10 @@ def bench_run(
         "onnx": open_onnx(exact),
         "onnx int8": open_onnx(small),
     }
+    if len(recipe.eval.scales) > 1 or recipe.eval.flip or recipe.eval.mode != EvalMode.whole:
+        on_progress(
+            f"all forms are scored by one pass over whole images at scale {scale:g}, which the run itself was not"
+        )
     on_progress(f"scoring {min(images, len(data))} images of {recipe.data.val}")
     scores = _scores(calls, data, scale, spread(len(data), images))
     files = {"torch": run.student, "onnx": exact, "onnx int8": small}

@@ -14,7 +14,7 @@ from torch import nn
 
 from gskd.assembly import build_distiller, build_recipe_model, open_split, ready_teacher, task_loss_of
 from gskd.cache import CacheSource, TeacherCache, fill_cache
-from gskd.checkpoint import write_text
+from gskd.checkpoint import latest_checkpoint, write_text
 from gskd.data import SegmentationDataset
 from gskd.data.selection import find_unreadable, without
 from gskd.distiller import Distiller
@@ -81,6 +81,12 @@ def train_model(
     progress = progress or Progress()
     progress.enabled = progress.enabled and accelerator.is_main_process
     extended = accept_changes and resume and run.changes(recipe)
+    if extended:
+        stands, _ = latest_checkpoint(run.checkpoints)
+        if stands is not None and stands.step > recipe.train.steps:
+            raise GSKDError(
+                f"train.steps: {recipe.train.steps}, and run {run.path} has done {stands.step}; expected no fewer"
+            )
     if resume and run.result.is_file() and not extended:  # written last
         progress.say(f"{run.path}: is finished; nothing is left to do")
         return run.read_result()

@@ -128,6 +128,12 @@ def _folder(root: Path, patterns: list[str], splits: dict[str, str]) -> Found:
         return Found("folder", {"classes": "classes.csv", **options}, splits, ("classes of classes.csv",))
     values = sorted({int(value) for mask in masks for value in np.unique(read_index(mask))})
     classes = [value for value in values if value != IGNORE]
+    if len(classes) == 1 and IGNORE in values:
+        raise GSKDError(
+            f"init {root}: masks hold {classes[0]} and {IGNORE}, and {IGNORE} counts nowhere unless it is named as a"
+            f" class; if it is one, write classes.csv there: name,value and below it background,{classes[0]} and"
+            f" foreground,{IGNORE}"
+        )
     notes = [f"masks hold {few(map(str, values))}; {len(masks)} were opened"]
     count = max(classes, default=0) + 1
     if count > 3 * len(classes) + 10:

@@ -69,6 +69,21 @@ def test_notes_name_lone_masks_and_samples_without_labels(broken):
     assert absent.endswith("% is ignored")
 
 
+def test_images_that_viewers_turn_are_noted(tmp_path):
+    """Of the same size turned by half, nothing else would tell that a mask was drawn on what a viewer shows."""
+    for kind, mode in (("images", "RGB"), ("masks", "L")):
+        (tmp_path / kind).mkdir()
+        for stem, orientation in (("a", None), ("b", 3), ("c", 1)):
+            exif = Image.Exif()
+            if orientation is not None and kind == "images":
+                exif[0x0112] = orientation
+            suffix = "jpg" if kind == "images" else "png"
+            Image.new(mode, (8, 8)).save(tmp_path / kind / f"{stem}.{suffix}", exif=exif)
+    report = check_dataset(folder_pairs(tmp_path / "images", tmp_path / "masks", make_legend(("road", "sky"))))
+    assert report.ok
+    assert [note for note in report.notes if "EXIF orientation (1): b.jpg;" in note]
+
+
 def test_a_split_without_any_label_is_a_problem(broken):
     class Unlabelled(Cached):
         def __getitem__(self, index):

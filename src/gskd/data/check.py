@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gskd.data import IGNORE, Sample, SegmentationDataset
+from gskd.data.pairs import Pairs
 from gskd.errors import GSKDError, few
 
 
@@ -115,6 +116,11 @@ def check_dataset(dataset: SegmentationDataset, on_progress: Callable[[int, int]
     unused = tuple(getattr(dataset, "unused_masks", ()))
     if unused:
         notes.append(f"masks without an image ({len(unused)}): {few(unused)}")
+    if isinstance(dataset, Pairs) and (turned := dataset.turned()):
+        notes.append(
+            f"images with an EXIF orientation ({len(turned)}): {few(turned)}; it is not applied, their masks must be of"
+            " the pixels as they are stored"
+        )
     if unlabelled:
         notes.append(f"samples without a labelled pixel ({len(unlabelled)}): {few(unlabelled)}")
     shares = pixels / max(int(pixels.sum()), 1)

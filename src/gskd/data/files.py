@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from gskd.errors import GSKDError, count, few, near_names
 
@@ -121,6 +121,15 @@ def read_rgb(path: Path | Stored) -> np.ndarray:
             return np.array((image.convert("RGBA") if image.mode == "P" else image).convert("RGB"))
     except _DECODE_ERRORS as error:
         raise GSKDError(f"{path}: not a readable image: {_one_line(error)}") from error
+
+
+def has_orientation(path: Path) -> bool:
+    """Whether a viewer would turn or mirror the image (EXIF), which we do not."""
+    try:
+        with Image.open(path) as image:
+            return image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
+    except _DECODE_ERRORS:
+        return False  # reading it says why
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray]:

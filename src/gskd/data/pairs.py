@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gskd.data import Sample
-from gskd.data.files import read_colour, read_index, read_rgb
+from gskd.data.files import has_orientation, read_colour, read_index, read_rgb
 from gskd.data.legend import Legend
 from gskd.errors import GSKDError
 
@@ -57,6 +57,10 @@ class Pairs:
         if codes.shape != image.shape[:2]:
             raise GSKDError(_size_mismatch(image_path, image.shape, mask_path, codes.shape))
         return Sample(image=image, label=self.legend.label(codes, mask_path), name=name)
+
+    def turned(self) -> list[str]:
+        """Names of the images that a viewer shows turned or mirrored, where a mask drawn on what is seen is wrong."""
+        return [pair.image.name for pair in self._pairs if has_orientation(pair.image)]
 
     def stamp(self) -> str:
         """Of the names and bytes of all files, and of what their values mean.
