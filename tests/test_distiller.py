@@ -286,6 +286,91 @@ def test_models_with_different_classes_are_refused(batch):
         Distiller(Net(5), Net(8, classes=6), {"gskd": Term(GSKDLoss(), 1, "body", "body")})(*batch)
 
 
+def test_the_teacher_cannot_be_replaced():
+    """nn.Module would take the new one for a part of the student's, and go on with the old."""
+    distiller = Distiller(Net(5), Net(5), {"kd": Term(KDLoss())})
+    before = list(distiller.state_dict())
+    with pytest.raises(GSKDError, match="expected another Distiller"):
+        distiller.teacher = Net(5)
+    assert list(distiller.state_dict()) == before
+
+
+def test_without_a_teacher_there_is_none_to_ask(batch):
+    images, labels = batch
+    alone = Distiller(Net(5))
+    for ask in (alone.fold_teacher, alone.probe_teacher, lambda images: alone.teacher_targets(images, labels)):
+        with pytest.raises(GSKDError, match="has no teacher"):
+            ask(images)
+
+
+def test_targets_of_every_term_are_needed(batch):
+    distiller = Distiller(
+        Net(5), Net(5), {"kd": Term(KDLoss()), "mse": Term(MSELoss(), student="body", teacher="body")}
+    )
+    with pytest.raises(GSKDError, match="targets: lack 'mse'"):
+        distiller(*batch, targets={"kd": distiller.teacher_targets(*batch)["kd"]})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"terms": [Term(KDLoss())]}, "terms: expected Term by name"),
+        ({"terms": {"kd": Term(KDLoss)}}, "term 'kd': loss is .*KDLoss.*; expected an nn.Module"),
+        ({"terms": {"kd": Term(lambda *_: 0)}}, "term 'kd': loss is .*; expected an nn.Module"),
+    ],
+)
+def test_terms_that_are_none_are_named(arguments, message):
+    with pytest.raises(GSKDError, match=message):
+        Distiller(Net(5), Net(5), **arguments)
+
+
+@pytest.mark.parametrize("weight", ["much", None, True, float("nan"), -1])
+def test_weights_that_are_no_number_are_named(weight):
+    with pytest.raises(GSKDError, match=r"weight is .*, expected a finite number"):
+        Term(KDLoss(), weight)
+
+
+class Unreduced(nn.Module):
+    inputs = "logits"
+
+    def forward(self, student, teacher, pixels):
+        return (student - teacher).square().mean(dim=(1, 2, 3))
+
+
+def test_losses_that_are_no_scalar_are_named(batch):
+    """Summed, as they were, they would be as many times too large as there are images or pixels."""
+    with pytest.raises(GSKDError, match=r"task loss: gave \(2, .*expected a scalar"):
+        Distiller(Net(5), task_loss=lambda logits, _: logits.square().mean(dim=1))(*batch)
+    with pytest.raises(GSKDError, match=r"term 'mine': gave \(2,\); expected a scalar"):
+        Distiller(Net(5), Net(5), {"mine": Term(Unreduced())})(*batch)
+
+
+class Halved(nn.Module):
+    inputs = "logits"
+
+    def forward(self, student, teacher, pixels):
+        return (0 * student).half().mean()
+
+
+def test_a_silent_term_in_half_precision_is_heard_to_be_silent(batch):
+    distiller = Distiller(Net(5), Net(5), {"mine": Term(Halved())})
+    for _ in range(19):
+        distiller(*batch)
+    with pytest.raises(GSKDError, match="term 'mine': its gradient"):
+        distiller(*batch)
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(GSKDError, match="DistributedDataParallel"):
+        Distiller(Net(5), Net(5), {"kd": Term(KDLoss())})._replicate_for_data_parallel()
+
+
+def test_more_classes_than_labels_can_tell_from_what_is_ignored_are_refused():
+    wide = nn.Conv2d(3, 256, 1)
+    with pytest.raises(GSKDError, match="gives 256 classes; expected at most 255"):
+        Distiller(wide)(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64))
+
+
 def test_a_bare_loss_is_refused():
     with pytest.raises(GSKDError, match=r"'kd' is a KDLoss; expected Term"):
         Distiller(Net(5), Net(8), {"kd": KDLoss()})

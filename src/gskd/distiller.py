@@ -81,7 +81,8 @@ class Term:
     teacher: str | Sequence[str] = "auto"
 
     def __post_init__(self) -> None:
-        if not 0 <= float(self.weight) < math.inf:
+        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not number or not 0 <= self.weight < math.inf:
             raise GSKDError(f"term: weight is {self.weight!r}, expected a finite number of at least 0")
 
 
@@ -138,6 +139,8 @@ class Distiller(nn.Module):
         teacher_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if terms is not None and not isinstance(terms, Mapping):
+            raise GSKDError(f"terms: expected Term by name, such as {{'gskd': Term(GSKDLoss())}}, got {terms!r}")
         terms = dict(terms or {})
         if terms and teacher is None:
             raise GSKDError(f"terms {', '.join(map(repr, terms))}: need a teacher, got none")
@@ -146,6 +149,8 @@ class Distiller(nn.Module):
                 raise GSKDError("terms: the name 'task' is taken by the loss against the labels")
             if not isinstance(terms[name], Term):
                 raise GSKDError(f"terms: {name!r} is a {type(terms[name]).__name__}; expected Term(loss, weight, ...)")
+            if not isinstance(terms[name].loss, nn.Module):
+                raise GSKDError(f"term {name!r}: loss is {terms[name].loss!r}; expected an nn.Module, such as KDLoss()")
             if not name.isidentifier() or hasattr(nn.ModuleDict, name):
                 raise GSKDError(f"terms: the name {name!r} cannot be used; expected a word of letters, digits and _")
         if task_loss is None and not terms:
@@ -183,8 +188,24 @@ class Distiller(nn.Module):
 
     @property
     def teacher(self) -> nn.Module | None:
-        """The frozen teacher."""
+        """The frozen teacher; another one needs another distiller."""
         return self._teacher[0] if self._teacher else None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "teacher":  # nn.Module would take it for one more network to train
+            raise GSKDError("distiller: its teacher cannot be replaced; expected another Distiller")
+        super().__setattr__(name, value)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise GSKDError(
+            "distiller: nn.DataParallel copies neither teacher nor hooks; expected a process for each GPU (torchrun,"
+            " DistributedDataParallel)"
+        )
+
+    def _taught(self) -> nn.Module:
+        if not self._teacher:
+            raise GSKDError("distiller: has no teacher")
+        return self._teacher[0]
 
     def fold_teacher(self, example: Tensor) -> int:
         """Runs the teacher from now on with its batch normalisation folded into its convolutions, where that is exact.
@@ -198,7 +219,7 @@ class Distiller(nn.Module):
         Returns:
             How many layers were folded.
         """
-        folded, count = fold_batch_norm(self._teacher[0], example, tap_names(self.teacher_layers.values()))
+        folded, count = fold_batch_norm(self._taught(), example, tap_names(self.teacher_layers.values()))
         self._folded = [folded] if count else []
         return count
 
@@ -223,7 +244,7 @@ class Distiller(nn.Module):
         """
         if images.dim() != 4 or images.dtype != torch.float32:
             raise GSKDError(f"images: expected (B, 3, H, W) float32, got {tuple(images.shape)} {images.dtype}")
-        trials = try_paths(self._teacher[0], images, tap_names(self.teacher_layers.values()), dtypes)
+        trials = try_paths(self._taught(), images, tap_names(self.teacher_layers.values()), dtypes)
         self.take_path(best_path(trials).agreed(images.device), images)
         return trials
 
@@ -277,7 +298,7 @@ class Distiller(nn.Module):
         losses: list[Tensor] = []
         terms: dict[str, TermValue] = {}
         if self.task_loss is not None:
-            losses.append(self.task_loss(logits, labels))
+            losses.append(_scalar("task loss", self.task_loss(logits, labels)))
             terms["task"] = TermValue(losses[0].detach(), losses[0].detach())
             if "task" in self._silent_steps and torch.is_grad_enabled():
                 self._listen("task", losses[0], logits)
@@ -290,6 +311,8 @@ class Distiller(nn.Module):
                         " expected the same number"
                     )
             else:
+                if lacking := [name for name in self.losses if name not in targets]:
+                    raise GSKDError(f"targets: lack {', '.join(map(repr, lacking))}; expected one of every term")
                 pixels = Pixels(labels, num_classes=logits.shape[1])
             for name, loss in self.losses.items():
                 maps = _read(student_taps, self.student_layers[name])
@@ -299,6 +322,7 @@ class Distiller(nn.Module):
                     raw = loss.compare(maps, loss.unpack(targets[name]), pixels)
                 else:
                     raw = loss(maps, _unpack_maps(targets[name], self.teacher_layers[name]), pixels)
+                _scalar(f"term {name!r}", raw)
                 if name in self._silent_steps and torch.is_grad_enabled():
                     self._listen(name, raw, maps)
                 losses.append(self.weights[name] * raw)
@@ -311,7 +335,7 @@ class Distiller(nn.Module):
         heard = torch.zeros((), dtype=torch.int64, device=raw.device)
         if read and raw.requires_grad:
             # Scaled up: of a mean over a large half-precision map nothing would be left, with or without a loss scaler.
-            scale = torch.full_like(raw, 2.0**16)
+            scale = torch.full_like(raw, 2.0**15)  # the most that half precision holds
             gradients = torch.autograd.grad(raw, read, scale, retain_graph=True, allow_unused=True)
             for gradient in gradients:
                 if gradient is not None:
@@ -376,7 +400,7 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def _teach(self, images: Tensor, labels: Tensor) -> tuple[Pixels, dict[str, Any]]:
         """The teacher's view of a batch: labels with its prediction, and its map or maps for each term."""
-        teacher = (self._folded or self._teacher)[0]
+        teacher = self._folded[0] if self._folded else self._taught()
         teacher.eval()  # each step: somebody's callback may have called train() on it
         if self.teacher_path is not None:
             images = images.contiguous(memory_format=self.teacher_path.layout)
@@ -400,7 +424,16 @@ def _unpack_maps(packed: Packed, layers: Layers) -> Tensor | list[Tensor]:
     return packed["0"] if isinstance(layers, str) else [packed[str(level)] for level in range(len(layers))]
 
 
+def _scalar(name: str, value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.dim():
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise GSKDError(f"{name}: gave {found}; expected a scalar tensor")
+    return value
+
+
 def _check_labels(labels: Tensor, classes: int) -> None:
+    if classes > IGNORE:
+        raise GSKDError(f"student: gives {classes} classes; expected at most {IGNORE}, the label that is ignored")
     stray = sorted(set(labels[(labels >= classes) & (labels != IGNORE)].tolist()))
     if stray:
         raise GSKDError(

@@ -1,5 +1,9 @@
+import copy
+
+import pytest
 import torch
 
+from gskd import GSKDError
 from gskd.losses import AdversarialLoss, Pixels
 
 
@@ -51,7 +55,41 @@ def test_the_penalty_holds_the_slope_at_one():
     weight = torch.randn(3)
     term.critic.forward = lambda maps: (maps * weight.view(1, 3, 1, 1)).sum(1).mean((1, 2))
     maps = torch.rand(2, 3, 9, 12)
-    torch.testing.assert_close(term._steepness(maps, 1 - maps), ((weight.norm() - 1) ** 2).expand(2))
+    torch.testing.assert_close(term._steepness(maps, 1 - maps, {}), ((weight.norm() - 1) ** 2).expand(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_critic_may_be_of_another_precision(dtype):
+    student, teacher, pixels = example()
+    term = AdversarialLoss(3, width=8)
+    expected = term(student, teacher, pixels)
+    half = copy.deepcopy(term).to(dtype)
+    state = torch.get_rng_state()
+    found = half(student, teacher, pixels)
+    torch.set_rng_state(state)
+    assert found.dtype == torch.float64 if dtype == torch.float64 else torch.float32
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), abs=1)
+    assert all(p.grad.dtype == dtype for p in half.critic.parameters() if p.grad is not None)
+    assert student.grad.ne(0).any()
+    assert term(student.double(), teacher.double(), pixels).isfinite()
+
+
+def test_it_can_be_read_without_training():
+    student, teacher, pixels = example()
+    term = AdversarialLoss(3, width=8)
+    values = []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        torch.manual_seed(0)
+        with mode():
+            values.append(term(student * 1, teacher * 1, pixels).item())
+    assert values == pytest.approx([values[0]] * 3, rel=1e-5)
+
+
+def test_the_number_of_classes_must_match():
+    student, teacher, pixels = example()
+    with pytest.raises(GSKDError, match=r"adversarial: student logits: expected \(B, 7, h, w\)"):
+        AdversarialLoss(7, width=8)(student, teacher, pixels)
 
 
 def test_the_critic_attends_to_a_bounded_map():

@@ -83,7 +83,8 @@ def memory_term(**options):
 
 def test_memory_agrees_with_loops():
     """Banks larger than what was seen: everything of the two batches is in them, and nothing else."""
-    term = memory_term().eval()
+    term = memory_term()
+    term.projector.eval()
     held = {"pixels": [], "regions": []}
     for _ in range(2):
         student, teacher = torch.randn(2, 4, 3, 4), torch.randn(2, 5, 3, 4)
@@ -115,6 +116,19 @@ def test_memory_is_bounded_and_saved():
     other.load_state_dict(term.state_dict())
     assert torch.equal(other.pixels.vectors, term.pixels.vectors)
     assert torch.equal(other.regions.filled(), term.regions.filled())
+
+
+def test_a_validation_loss_leaves_the_memory_as_it_was():
+    loss = CIRKDMemoryLoss(5, 6, 3, pixel_bank=8, region_bank=4)
+    maps = torch.randn(2, 5, 4, 4), torch.randn(2, 6, 4, 4), Pixels(torch.randint(0, 3, (2, 4, 4)), num_classes=3)
+    loss(*maps)
+    before = {name: buffer.clone() for name, buffer in loss.named_buffers()}
+    loss.eval()
+    assert loss(*maps).isfinite()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in loss.named_buffers())
+    loss.train()
+    loss(*maps)
+    assert not torch.equal(loss.pixels.written, before["pixels.written"])
 
 
 def test_contrast_is_drawn_from_what_is_there():

@@ -5,9 +5,11 @@ from torch.autograd import gradcheck
 
 from gskd import GSKDError
 from gskd.losses import (
+    AFDCDLoss,
     ATLoss,
     AttnFDLoss,
     CWDLoss,
+    MGDLoss,
     MSELoss,
     Pixels,
     at_loss,
@@ -114,6 +116,15 @@ def test_gradient(loss):
     teacher = torch.randn(2, 3, 2, 2, dtype=torch.float64)
     valid = torch.tensor([[[True, False], [True, True]], [[False, False], [False, False]]])
     assert gradcheck(lambda s: loss(s, teacher, valid), (student,))
+
+
+@pytest.mark.parametrize("kind", [MSELoss, CWDLoss, AttnFDLoss, MGDLoss, AFDCDLoss])
+@pytest.mark.parametrize("declared", [(8, 32), (32, 32)])
+def test_another_width_than_was_declared_is_named(kind, declared):
+    """As it is, and not as the projector made it."""
+    maps = torch.randn(1, declared[0], 4, 4), torch.randn(1, 16, 4, 4), Pixels(torch.zeros(1, 4, 4, dtype=torch.int64))
+    with pytest.raises(GSKDError, match=r"teacher(: expected \(B, 32, h, w\).*\(1, 16| 16; expected the same)"):
+        kind(student_channels=declared[0], teacher_channels=declared[1])(*maps)
 
 
 @pytest.mark.parametrize(("name", "loss"), [("mse", MSELoss), ("cwd", CWDLoss), ("attnfd", AttnFDLoss)])

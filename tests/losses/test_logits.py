@@ -1,3 +1,5 @@
+from functools import partial
+
 import oracles
 import pytest
 import torch
@@ -63,6 +65,39 @@ def test_dist_leaves_out_what_the_teacher_holds_constant():
     loss.backward()
     assert loss.item() == 0
     assert student.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("gap", [20, 30, 33, 40, 60, 90])
+def test_dist_of_a_class_that_the_student_never_predicts(gap):
+    """Its probability is tiny and varies by less: the gradient was not a number between 33 and 50."""
+    student, teacher = torch.randn(2, 2, 19, 24, 24).unbind()
+    student[:, 18] -= gap
+    student.requires_grad_()
+    dist_loss(student, teacher, torch.ones(2, 24, 24, dtype=torch.bool)).backward()
+    assert student.grad.isfinite().all()
+    assert student.grad.norm() < 1
+    if gap < 33:  # told to vary with the teacher, as in double precision
+        double = student.detach().double().requires_grad_()
+        dist_loss(double, teacher.double(), torch.ones(2, 24, 24, dtype=torch.bool)).backward()
+        torch.testing.assert_close(student.grad[:, 18].double(), double.grad[:, 18], rtol=1e-2, atol=1e-9)
+
+
+@pytest.mark.parametrize("classes", [5, 11, 19, 21, 150])
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_what_does_not_vary_but_by_rounding_has_no_gradient(classes, value):
+    """As of a head that begins at zero: divided by what rounding leaves, the gradient was 1e7 times too large."""
+    constant = torch.full((2, classes, 32, 32), value)
+    varied = torch.randn(2, classes, 32, 32)
+    valid = torch.ones(2, 32, 32, dtype=torch.bool)
+    for loss in (dist_loss, partial(kd_loss, standardise=True)):
+        student = constant.clone().requires_grad_()
+        loss(student, varied, valid).backward()
+        assert student.grad.norm() < 1, loss
+    student = varied.clone().requires_grad_()
+    found = dist_loss(student, constant, valid)
+    found.backward()
+    assert found.item() == 0  # nothing to be like
+    assert student.grad.norm() == 0
 
 
 @pytest.mark.parametrize("radius", [1, 2])

@@ -97,6 +97,7 @@ def match_maps(
     require_pair(student, teacher, pixels)
     if projector is not None:
         require_maps(f"{name}: student", student, channels=projector.in_channels)
+        require_maps(f"{name}: teacher", teacher, channels=projector.out_channels)
         with torch.autocast(student.device.type, enabled=False):
             student = projector(student.to(projector.weight.dtype))
     if student.shape[1] != teacher.shape[1]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gskd.losses._match import match_logits, require_count, require_number
-from gskd.losses._pixels import Pixels, promote
+from gskd.losses._pixels import Pixels, promote, require_maps
 from gskd.losses._reduce import mean_over_images
 
 _ATTENDED = 32  # the longest side, in pixels, of the map that the critic attends to
@@ -27,6 +27,7 @@ class Critic(nn.Module):
 
     def __init__(self, num_classes: int, width: int = 64) -> None:
         super().__init__()
+        self.num_classes = num_classes
         widths = [num_classes, width, 2 * width, 4 * width]
         self.convs = nn.ModuleList(
             nn.Conv2d(before, after, 4, stride=2, padding=2) for before, after in pairwise(widths)
@@ -89,25 +90,37 @@ class AdversarialLoss(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor, pixels: Pixels) -> Tensor:
         """Returns the scalar loss."""
         student, valid = match_logits("adversarial", student, teacher, pixels)
+        require_maps("adversarial: student logits", student, channels=self.critic.num_classes)
         with torch.autocast(student.device.type, enabled=False):
+            weights = {name: promote(parameter) for name, parameter in self.critic.named_parameters()}
             fake, real = (
-                torch.where(valid.unsqueeze(1), promote(logits).softmax(dim=1), 0.0)
+                torch.where(valid.unsqueeze(1), promote(logits).softmax(dim=1), 0.0).to(self._dtype)
                 for logits in (student, teacher.detach())
             )
-            frozen = {name: parameter.detach() for name, parameter in self.critic.named_parameters()}
-            to_student = -functional_call(self.critic, frozen, fake)
+            to_student = -self._scores(fake, {name: weight.detach() for name, weight in weights.items()})
             fake = fake.detach()
-            to_critic = self.critic(fake) - self.critic(real) + self.penalty * self._steepness(fake, real)
+            steepness = self._steepness(fake, real, weights)
+            to_critic = self._scores(fake, weights) - self._scores(real, weights) + self.penalty * steepness
             return mean_over_images(to_student + to_critic, valid.flatten(1).any(dim=1))
 
-    def _steepness(self, fake: Tensor, real: Tensor) -> Tensor:
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the critic's arithmetic: float32 where its parameters are half."""
+        return promote(self.critic.gate.detach()).dtype
+
+    def _scores(self, maps: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """(B,) scores by a critic of these weights."""
+        scores: Tensor = functional_call(self.critic, weights, maps)
+        return scores
+
+    def _steepness(self, fake: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:
         """(B,) squared distance from 1 of the gradient's length at a random place between the two.
 
         Lengths are over the root mean square of the pixels, not their sum, so that larger maps are no farther apart.
         """
         share = torch.rand(fake.shape[0], 1, 1, 1, device=fake.device, dtype=fake.dtype)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # of a validation loss too
             between = (share * real + (1 - share) * fake).requires_grad_()
-            (slope,) = torch.autograd.grad(self.critic(between).sum(), between, create_graph=True)
+            (slope,) = torch.autograd.grad(self._scores(between, weights).sum(), between, create_graph=True)
         pixels = slope.shape[2] * slope.shape[3]
         return (slope.flatten(1).square().sum(dim=1) * pixels + 1e-12).sqrt().sub(1).square()

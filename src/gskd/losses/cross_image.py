@@ -281,7 +281,8 @@ class CIRKDMemoryLoss(nn.Module):
             sample = class_balanced_sample(labels, classes, self.samples_per_class, eligible=valid, policy="mask")
             target = promote(read_points(teacher.detach(), sample.index))
             anchors = self.projector(promote(read_points(student, sample.index, size)), sample.valid)
-            self._remember(teacher.detach(), labels, valid, target, sample.label)
+            if self.training:  # what a validation loss sees is not learnt from
+                self._remember(teacher.detach(), labels, valid, target, sample.label)
             total: Tensor = anchors.new_zeros(())
             for bank, contrast in ((self.pixels, self.pixel_contrast), (self.regions, self.region_contrast)):
                 vectors, filled = self._draw(bank, contrast)

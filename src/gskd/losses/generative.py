@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gskd.distributed import mean_over_processes
 from gskd.errors import GSKDError
 from gskd.losses._match import match_maps, require_count, require_number, require_positive, width_projector
-from gskd.losses._pixels import Pixels, promote
+from gskd.losses._pixels import Pixels, promote, require_maps
 from gskd.losses._reduce import masked_max_pool
 from gskd.losses.features import mse_loss
 
@@ -83,6 +83,7 @@ class MGDLoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor, pixels: Pixels) -> Tensor:
         """Returns the scalar loss."""
+        require_maps("mgd: teacher", teacher, channels=self.completion.enter.in_channels)
         student, valid = match_maps("mgd", student, teacher, pixels, self.projector)
         return mse_loss(self.completion(student, valid), teacher, valid)
 
@@ -216,11 +217,13 @@ class AFDCDLoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor, pixels: Pixels) -> Tensor:
         """Returns the scalar loss."""
+        require_maps("afdcd: teacher", teacher, channels=self.completion.enter.in_channels)
         student, valid = match_maps("afdcd", student, teacher, pixels, self.projector)
         completed = self.completion(student, valid)
         mimic = mse_loss(completed, teacher, valid)
         with torch.autocast(student.device.type, enabled=False):
-            pooled = [masked_max_pool(maps, valid, self.pool) for maps in (completed, teacher.detach())]
+            target = teacher.detach().to(promote(completed).dtype)
+            pooled = [masked_max_pool(maps, valid, self.pool) for maps in (completed, target)]
             (made, there), (wanted, _) = pooled
             contrast = omni_contrast(made, wanted, there, self.groups, self.patch, self.temperature)
         return self.mimic_weight * mimic + self.contrast_weight * contrast

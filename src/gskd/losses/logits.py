@@ -28,8 +28,14 @@ def standardise_logits(logits: Tensor) -> Tensor:
     """
     centred = logits - logits.mean(dim=1, keepdim=True)
     variance = centred.square().mean(dim=1, keepdim=True)
-    varied = variance > 0
+    varied = variance > _rounding(logits.dtype) * logits.square().mean(dim=1, keepdim=True)
     return torch.where(varied, centred * torch.where(varied, variance, 1.0).rsqrt(), 0.0)
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Share of a mean square that its variance may be by rounding alone. Less is no variation: divided by its root, it
+    would give a gradient of 1e5."""
+    return (16 * torch.finfo(dtype).eps) ** 2
 
 
 def _pixel_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -123,34 +129,38 @@ def dist_loss(
         student = (promote(student) / temperature).softmax(dim=1)
         teacher = (promote(teacher.detach()) / temperature).softmax(dim=1)
         s, t = (p - p.mean(dim=1, keepdim=True) for p in (student, teacher))
-        inter = _one_minus_pearson((s * t).sum(1), s.square().sum(1), t.square().sum(1))
-        varied = (t.square().sum(1) > 0) & valid
+        least = _rounding(s.dtype) / s.shape[1]  # the mean over classes is 1 / K
+        inter = _one_minus_pearson((s * t).sum(1), s.square().sum(1), t.square().sum(1), least, least)
+        varied = (t.square().sum(1) > least) & valid
         total = beta * mean_over_pixels(inter, varied)
 
         mask = valid.unsqueeze(1).to(student.dtype)
         count = sum_over_processes(mask.sum()).clamp(min=1)
         # The means carry no gradient: the sums below do not change with them to first order, as deviations sum to zero.
-        s, t = (
-            (p - (sum_over_processes((p.detach() * mask).sum(dim=(0, 2, 3))) / count).view(1, -1, 1, 1)) * mask
-            for p in (student, teacher)
-        )
+        means = [sum_over_processes((p.detach() * mask).sum(dim=(0, 2, 3))) / count for p in (student, teacher)]
+        s, t = ((p - m.view(1, -1, 1, 1)) * mask for p, m in zip((student, teacher), means, strict=True))
         moments = torch.stack(
             [(s * t).sum(dim=(0, 2, 3)), s.square().sum(dim=(0, 2, 3)), t.square().sum(dim=(0, 2, 3))]
         )
         moments = sum_with_grad(moments)
-        intra = _one_minus_pearson(*moments.unbind())
-        # Rounding leaves something of a probability that does not vary.
-        known = moments[2] > count * torch.finfo(teacher.dtype).eps ** 2
+        # What a class that the student never predicts varies by is tiny, and real; below this its square is not exact.
+        least = torch.finfo(s.dtype).tiny ** 0.75 + _rounding(s.dtype) * count * means[0].square()
+        # Of a teacher's, what is less than the rounding of a probability of 1 says nothing.
+        known = moments[2] > count * torch.finfo(t.dtype).eps ** 2
+        intra = _one_minus_pearson(moments[0], moments[1], moments[2], least, 0.0)
         # Every process has the whole batch's value here: a plain mean, not one over processes.
         intra = torch.where(known, intra, 0.0).sum() / known.sum().clamp(min=1)
         return (total + gamma * intra) * temperature**2
 
 
-def _one_minus_pearson(product: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
-    """From sums of centred products and squares; 1 with zero gradient where either does not vary."""
-    varied = (student > 0) & (teacher > 0)
-    scale = torch.where(varied, student, 1.0).rsqrt() * torch.where(varied, teacher, 1.0).rsqrt()
-    return 1 - torch.where(varied, product * scale, 0.0)
+def _one_minus_pearson(
+    product: Tensor, student: Tensor, teacher: Tensor, least_student: Tensor | float, least_teacher: Tensor | float
+) -> Tensor:
+    """From sums of centred products and squares; 1 with zero gradient where either is not above its least."""
+    varied = (student > least_student) & (teacher > least_teacher)
+    # Not by rsqrt, in whose gradient is the cube: infinite for a class that the student never predicts.
+    length = torch.where(varied, student, 1.0).sqrt() * torch.where(varied, teacher, 1.0).sqrt()
+    return 1 - torch.where(varied, product / length, 0.0)
 
 
 class DISTLoss(nn.Module):
