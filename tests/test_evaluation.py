@@ -226,7 +226,7 @@ def test_modes_and_statistics_are_left_as_found(width: int) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     data = Listed([(picture(8, width), torch.zeros(8, width))])
     if width > 64:
-        with pytest.raises(RuntimeError, match="too wide"):
+        with pytest.raises(GSKDError, match="too wide"):
             evaluate(model, data)
     else:
         evaluate(model, data)
