@@ -138,7 +138,8 @@ def train_model(
         try:
             # What cannot be scored must not be found after the first hours of training.
             student.to(accelerator.device)
-            next(predictions(student, val_data, inference_of(recipe), [0]))
+            with contextlib.closing(predictions(student, val_data, inference_of(recipe), [0])) as first:
+                next(first)
             if teacher is not None and teacher_model is not None:
                 assert recipe.teacher is not None
                 spec = replace(recipe, model=teacher_model)

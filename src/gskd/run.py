@@ -136,11 +136,12 @@ class Run:
         folder = os.open(self.path, os.O_RDONLY)
         _HELD.add(folder)
         try:
-            with contextlib.suppress(OSError):  # a network disk that has no locks
-                try:
-                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise GSKDError(f"run {self.path}: another process is training it") from None
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise GSKDError(f"run {self.path}: another process is training it") from None
+            except OSError:
+                pass  # a network disk that has no locks
             yield
         finally:
             _HELD.discard(folder)

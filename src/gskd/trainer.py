@@ -107,8 +107,8 @@ def fit(
     return loop.run_from(loop.restore() if resume else 0)
 
 
-class StepValue(NamedTuple):
-    """What a step came to, over all its rounds."""
+class RoundValue(NamedTuple):
+    """What one round of a step came to."""
 
     loss: Tensor
     """Scalar, detached."""
@@ -187,13 +187,13 @@ class _Loop:
         started = time.perf_counter() - self.seconds
         for step in range(first_step, train.steps):
             done = step + 1
-            value = self.take_step(step, model, prepared, views)
+            rounds = self.take_step(step, model, prepared, views)
             if step == first_step and self.accelerator.num_processes > 1:
                 _check_all_used(self.distiller)
             prepared.zero_grad()
             self.seconds = time.perf_counter() - started
-            if value is not None and (done % train.log_every == 0 or done == train.steps):
-                self.report(done, value)
+            if rounds and (done % train.log_every == 0 or done == train.steps):
+                self.report(done, rounds)
             scoring = done % every == 0 or done == train.steps
             # Several processes ask each other, which waits for all of them.
             asking = self.accelerator.num_processes == 1 or done % _STEPS_BETWEEN_STOPS == 0 or scoring
@@ -213,14 +213,14 @@ class _Loop:
                 started = time.perf_counter() - self.seconds  # throughput is that of training alone
         return score
 
-    def take_step(self, step: int, model: nn.Module, prepared: Any, views: Iterator[Any]) -> StepValue | None:
-        """Forward, backward and update; None where the gradient is not finite and the step is skipped."""
+    def take_step(self, step: int, model: nn.Module, prepared: Any, views: Iterator[Any]) -> list[RoundValue]:
+        """Forward, backward and update; nothing where the gradient is not finite and the step is skipped."""
         train, accelerator = self.recipe.train, self.accelerator
         seed_step(self.recipe.seed, step, accelerator.process_index)
         for group in self.optimizer.param_groups:
             group["lr"] = train.lr * learning_rate_factor(step, train)
         self.guard.before_forward()
-        rounds: list[StepValue] = []
+        rounds: list[RoundValue] = []
         for round_ in range(train.accumulate):
             images, labels, *targets = moved(next(views), accelerator.device)
             inputs = _normalised(images, self.recipe.model, self.teacher_model, layout_of(self.recipe))
@@ -228,22 +228,21 @@ class _Loop:
             with contextlib.nullcontext() if last_round else accelerator.no_sync(model):
                 result: Distillation = _forward(model, inputs, labels, *targets)
                 accelerator.backward(result.loss / train.accumulate)
-            rounds.append(StepValue(result.loss.detach(), result.terms))
-        value = _mean(rounds)
+            rounds.append(RoundValue(result.loss.detach(), result.terms))
         if not self.guard.gradient_is_finite():
             self.guard.undo_forward()
-            self.skip(step, value, inputs[0])
+            self.skip(step, rounds, inputs[0])
             if accelerator.scaler is not None:
                 prepared.step()  # leaves the step out itself, and learns its scale from it
-            return None
+            return []
         if train.clip is not None:
             accelerator.clip_grad_norm_(model.parameters(), train.clip)
         prepared.step()
-        return value
+        return rounds
 
-    def skip(self, step: int, value: StepValue, images: Tensor) -> None:
+    def skip(self, step: int, rounds: Sequence[RoundValue], images: Tensor) -> None:
         """Counts and names a step without a finite gradient."""
-        loss, terms = _numbers(value)
+        loss, terms = _numbers(rounds)
         scaler = self.accelerator.scaler
         if scaler is not None and math.isfinite(loss) and scaler.get_scale() >= 1:
             return  # a loss scaler finds its scale by steps that overflow
@@ -255,11 +254,11 @@ class _Loop:
         if self.accelerator.is_main_process:
             self.folder.add_metrics({"step": step + 1, "skipped": samples})
 
-    def report(self, done: int, value: StepValue) -> None:
+    def report(self, done: int, rounds: Sequence[RoundValue]) -> None:
         """Loss, terms, rate and pace: to the metrics, the trackers and the progress line."""
-        loss, terms = _numbers(value)
+        loss, terms = _numbers(rounds)
         if not math.isfinite(loss):  # with a finite gradient, or it had been skipped
-            values = ", ".join(f"{name} {one['raw']:.4g}" for name, one in terms.items())
+            values = ", ".join(f"{name} {value['raw']:.4g}" for name, value in terms.items())
             raise GSKDError(f"step {done}: the loss is {loss} ({values}); a lower train.lr or train.clip may help")
         pace = max(self.seconds, 1e-9) / done
         record = {
@@ -317,22 +316,13 @@ def _samples(data: SegmentationDataset, recipe: Recipe, step: int) -> list[str]:
     return [data.name(sample_at(recipe.seed, position, len(data))[0]) for position in positions]
 
 
-def _mean(rounds: Sequence[StepValue]) -> StepValue:
-    """Of the rounds of a step, whose gradients are averaged as well."""
-    terms = {
-        name: TermValue(
-            *(torch.stack(parts).mean() for parts in zip(*(one.terms[name] for one in rounds), strict=True))
-        )
-        for name in rounds[0].terms
-    }
-    return StepValue(torch.stack([one.loss for one in rounds]).mean(), terms)
-
-
-def _numbers(value: StepValue) -> tuple[float, dict[str, dict[str, float]]]:
-    """Loss and terms as numbers. A process has those of its own images; their mean over processes is the batch's."""
-    flat = torch.stack([value.loss.float(), *(part.float() for term in value.terms.values() for part in term)])
+def _numbers(rounds: Sequence[RoundValue]) -> tuple[float, dict[str, dict[str, float]]]:
+    """Loss and terms as numbers: the mean over rounds, as of their gradients, and over processes, each of which has
+    those of its own images."""
+    parts = [torch.stack([one.loss, *(part for term in one.terms.values() for part in term)]).float() for one in rounds]
+    flat = torch.stack(parts).mean(dim=0)
     loss, *rest = (sum_over_processes(flat) / world_size()).tolist()
-    pairs = zip(value.terms, rest[::2], rest[1::2], strict=True)
+    pairs = zip(rounds[0].terms, rest[::2], rest[1::2], strict=True)
     return loss, {name: {"raw": raw, "weighted": weighted} for name, raw, weighted in pairs}
 
 

@@ -62,9 +62,9 @@ def write_tables(comparison: Comparison, console: Console) -> dict[str, Any]:
                 }
                 for variant in comparison.variants
             }
-            _score_alike([cell for mine in cells.values() for cell in mine.values()], progress)
+            counts = _counts_alike([cell for mine in cells.values() for cell in mine.values()], progress)
             rows += [
-                _row(name, round_, mine, cells[comparison.baseline], progress) for name, mine in cells.items() if mine
+                _row(name, round_, mine, cells[comparison.baseline], counts) for name, mine in cells.items() if mine
             ]
     if not rows:
         raise GSKDError(f"output {comparison.output}: holds no finished run yet")
@@ -100,16 +100,17 @@ def _compared(cell: Cell) -> str:
     return data.val
 
 
-def _score_alike(cells: Sequence[Cell], progress: Progress) -> None:
-    """Scores all runs again where what is kept of them is not of the same images and labels."""
-    labelled = [_counts(cell, progress)[:, 1] for cell in cells]
+def _counts_alike(cells: Sequence[Cell], progress: Progress) -> dict[Path, np.ndarray]:
+    """`_counts` by run folder. Where what is kept is not of the same images and labels, all runs are scored again."""
+    counts = {cell.run.path: _counts(cell, progress) for cell in cells}
+    labelled = [one[:, 1] for one in counts.values()]
     if any(not np.array_equal(one, labelled[0]) for one in labelled[1:]):
         split = _compared(cells[0])
         progress.say(
             f"images or labels of {split} have changed since some runs were scored: all are scored again on it"
         )
-        for cell in cells:
-            _counts(cell, progress, anew=True)
+        counts = {cell.run.path: _counts(cell, progress, anew=True) for cell in cells}
+    return counts
 
 
 def _counts(cell: Cell, progress: Progress, anew: bool = False) -> np.ndarray:
@@ -133,19 +134,19 @@ def _counts(cell: Cell, progress: Progress, anew: bool = False) -> np.ndarray:
 
 
 def _row(
-    name: str, round_: str, cells: dict[int, Cell], baseline: dict[int, Cell], progress: Progress
+    name: str, round_: str, cells: dict[int, Cell], baseline: dict[int, Cell], counts_of: dict[Path, np.ndarray]
 ) -> dict[str, Any]:
     results = {seed: cell.run.read_result() for seed, cell in cells.items()}
     any_cell = next(iter(cells.values()))
     split, classes = _compared(any_cell), any_cell.run.info()["classes"]
-    counts = {seed: _counts(cell, progress) for seed, cell in cells.items()}
+    counts = {seed: counts_of[cell.run.path] for seed, cell in cells.items()}
     labelled = next(iter(counts.values()))[:, 1].sum(axis=0)
     rare = labelled < RARE_SHARE * labelled.sum()
     shared = [seed for seed in cells if seed in baseline]
     differences: dict[str, Difference] | None = None
     if shared and baseline[shared[0]].run.path != cells[shared[0]].run.path:
         mine = np.stack([counts[seed] for seed in shared])
-        theirs = np.stack([_counts(baseline[seed], progress) for seed in shared])
+        theirs = np.stack([counts_of[baseline[seed].run.path] for seed in shared])
         differences = {"all": paired_difference(mine, theirs)}
         if rare.any() and not rare.all():
             differences["rare"] = paired_difference(mine, theirs, rare)

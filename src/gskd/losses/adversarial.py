@@ -94,7 +94,7 @@ class AdversarialLoss(nn.Module):
         with torch.autocast(student.device.type, enabled=False):
             weights = {name: promote(parameter) for name, parameter in self.critic.named_parameters()}
             fake, real = (
-                torch.where(valid.unsqueeze(1), promote(logits).softmax(dim=1), 0.0).to(self._dtype)
+                torch.where(valid.unsqueeze(1), promote(logits).softmax(dim=1), 0.0).to(weights["gate"].dtype)
                 for logits in (student, teacher.detach())
             )
             to_student = -self._scores(fake, {name: weight.detach() for name, weight in weights.items()})
@@ -102,11 +102,6 @@ class AdversarialLoss(nn.Module):
             steepness = self._steepness(fake, real, weights)
             to_critic = self._scores(fake, weights) - self._scores(real, weights) + self.penalty * steepness
             return mean_over_images(to_student + to_critic, valid.flatten(1).any(dim=1))
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        """Of the critic's arithmetic: float32 where its parameters are half."""
-        return promote(self.critic.gate.detach()).dtype
 
     def _scores(self, maps: Tensor, weights: dict[str, Tensor]) -> Tensor:
         """(B,) scores by a critic of these weights."""

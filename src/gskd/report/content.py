@@ -56,6 +56,11 @@ class Compared:
         """For people."""
         return "class probabilities" if self.kind == "logits" else "features"
 
+    @property
+    def describe(self) -> Callable[[Tensor], Tensor]:
+        """What makes these vectors of what is read."""
+        return class_probabilities if self.kind == "logits" else promote
+
 
 @dataclass(frozen=True)
 class Network:
@@ -356,8 +361,7 @@ def _structure(
     everywhere: dict[str, Tensor] = {}
     for network in networks:
         if network.layer is not None and len(points.index):
-            describe = class_probabilities if compared.kind == "logits" else promote
-            reader = StructureReader(network.model, network.layer, network.inference, describe)
+            reader = StructureReader(network.model, network.layer, network.inference, compared.describe)
             read, features = reader.features(image, points)
             maps[network.name] = similarity_map(read)
             tiles = similarity_everywhere(read, features)
