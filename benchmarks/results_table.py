@@ -3,7 +3,8 @@
     python benchmarks/results_table.py benchmarks/results/camvid.json
 
 Each file is one sitting: a teacher of its own and some seeds, all variants of a seed against the same teacher. Rows
-give every seed and the mean; differences to the baseline are paired within a sitting.
+give every seed and the mean; differences to the baseline are paired within a sitting. Runs at equal seconds, where
+there are any, follow in a table of their own.
 """
 
 from __future__ import annotations
@@ -24,25 +25,42 @@ def main() -> None:
     sittings = [json.loads(file.read_text()) for file in parser.parse_args().files]
     split, baseline = sittings[0]["compared_on"], sittings[0]["baseline"]
     splits = list(sittings[0]["rows"][0]["miou"])
-    columns = [
-        "",
-        "seeds",
-        *(f"{name} mIoU" for name in splits),
-        f"difference to {baseline} on {split}",
-        "on the rare classes",
-    ]
-    print("|", " | ".join(columns), "|")
-    print("|" + "---|" * len(columns))
+    print_scores(sittings, splits, [f"difference to {baseline} on {split}", "on the rare classes"])
+    if any(row["round"] == "seconds" for sitting in sittings for row in sitting["rows"]):
+        print_scores_at_equal_seconds(sittings, splits, f"difference to {baseline} on {split}")
+
+
+def print_scores(sittings: list[dict[str, Any]], splits: list[str], differences: list[str]) -> None:
+    print_line(["", "seeds", *(f"{name} mIoU" for name in splits), *differences])
+    print("|" + "---|" * (2 + len(splits) + len(differences)))
     teachers = [sitting["teacher"] for sitting in sittings]
     cells = [listed([teacher[name] for teacher in teachers]) if name in teachers[0] else "-" for name in splits]
-    print("|", " | ".join(["teacher", str(len(teachers)), *cells, "", ""]), "|")
-    names = list(dict.fromkeys(row["variant"] for sitting in sittings for row in sitting["rows"]))
-    for name in names:
-        rows = [row for s in sittings for row in s["rows"] if row["variant"] == name and row["round"] == "steps"]
+    print_line(["teacher", str(len(teachers)), *cells, *[""] * len(differences)])
+    for name, rows in rows_by_name(sittings, "steps").items():
         cells = [listed([score for row in rows for score in row["miou"][each].values()]) for each in splits]
         seeds = sum(len(row["seeds"]) for row in rows)
-        differences = ["; ".join(filter(None, (difference(row, part) for row in rows))) for part in ("all", "rare")]
-        print("|", " | ".join([titled(name), str(seeds), *cells, *differences]), "|")
+        found = ["; ".join(filter(None, (difference(row, part) for row in rows))) for part in ("all", "rare")]
+        print_line([titled(name), str(seeds), *cells, *found])
+
+
+def print_scores_at_equal_seconds(sittings: list[dict[str, Any]], splits: list[str], title: str) -> None:
+    print()
+    print_line(["at equal seconds", "seeds", "steps", "seconds", *(f"{name} mIoU" for name in splits), title])
+    print("|" + "---|" * (5 + len(splits)))
+    for name, rows in rows_by_name(sittings, "seconds").items():
+        cells = [listed([score for row in rows for score in row["miou"][each].values()]) for each in splits]
+        numbers = ["; ".join(f"{row[key]:.0f}" for row in rows) for key in ("steps", "seconds")]
+        seeds = sum(len(row["seeds"]) for row in rows)
+        print_line([titled(name), str(seeds), *numbers, *cells, "; ".join(difference(row, "all") for row in rows)])
+
+
+def print_line(cells: list[str]) -> None:
+    print("|", " | ".join(cells), "|")
+
+
+def rows_by_name(sittings: list[dict[str, Any]], round_: str) -> dict[str, list[dict[str, Any]]]:
+    rows = [row for sitting in sittings for row in sitting["rows"] if row["round"] == round_]
+    return {name: [row for row in rows if row["variant"] == name] for name in dict.fromkeys(r["variant"] for r in rows)}
 
 
 def titled(name: str) -> str:
