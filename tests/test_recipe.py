@@ -219,8 +219,12 @@ def test_a_number_where_text_is_due_is_not_rewritten(text: str) -> None:
 @pytest.mark.parametrize("text", ["'${oc.env:HOME}'", "'${seed}'", "'???'", "'x/${nowhere}'"])
 def test_interpolation_is_refused_not_carried_out(key: str, text: str) -> None:
     message = refusal(f"{key}={text}")
-    assert "recipes know no interpolation" in message
+    assert "recipes know neither interpolation nor NUL" in message
     assert text.strip("'") in message
+
+
+def test_no_path_holds_a_nul() -> None:
+    assert "output: expected plain values, found 'a\\x00b'" in refusal('output="a\\0b"')
 
 
 def test_interpolation_deep_in_arguments() -> None:

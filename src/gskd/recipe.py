@@ -260,7 +260,9 @@ def _check(tree: dict[str, Any], schema: type, prefix: str, misfits: dict[str, s
                 elif term is not None:
                     misfits[f"{where}.{name}"] = f"{where}.{name}: expected keys and values or null, found {term!r}"
         elif magic is not None:
-            misfits[where] = f"{where}: expected plain values, found {magic!r}; recipes know no interpolation"
+            misfits[where] = (
+                f"{where}: expected plain values, found {magic!r}; recipes know neither interpolation nor NUL"
+            )
         elif not _fits(schema, key, annotations[key], value):
             misfits[where] = f"{where}: expected {_wanted(annotations[key])}, found {value!r}"
         else:
@@ -269,8 +271,8 @@ def _check(tree: dict[str, Any], schema: type, prefix: str, misfits: dict[str, s
 
 
 def _magic(value: Any) -> Iterator[str]:
-    """Texts that OmegaConf would not take as they are: ``${...}`` can read the environment, ``???`` means missing."""
-    if isinstance(value, str) and ("${" in value or value == MISSING):
+    """Texts that are not what they say: to OmegaConf ``${...}`` and ``???``, to the system a NUL in a path."""
+    if isinstance(value, str) and ("${" in value or value == MISSING or "\0" in value):
         yield value
     elif isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
