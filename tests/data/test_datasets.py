@@ -248,6 +248,22 @@ def test_masks_in_a_lossy_format(tree):
     fails(lambda: pairs(tree), "holds no mask (.png) but a.jpg, b.jpg: lossy formats change labels")
 
 
+@pytest.mark.parametrize(("kind", "suffix"), [("JPEG", "jpg"), ("WEBP", "webp")])
+def test_a_mask_that_was_only_renamed_to_png(tree, kind, suffix):
+    path = tree / "masks" / "train" / "a.png"
+    Image.fromarray(LABEL).convert("RGB" if kind == "WEBP" else "L").save(path, kind)
+    fails(lambda: pairs(tree)[0], path, f"the mask is {kind}", "lossy formats change labels")
+    fails(lambda: pairs(tree, palette=PALETTE, mask_kind="colour")[0], path, f"the mask is {kind}")
+
+
+def test_a_link_that_leads_nowhere_is_an_error_and_no_smaller_dataset(tree):
+    (tree / "images" / "train" / "c.jpg").symlink_to(tree / "gone.jpg")
+    (tree / "masks" / "train" / "c.png").symlink_to(tree / "gone.png")
+    dataset = pairs(tree)
+    assert len(dataset) == 3
+    fails(lambda: dataset[2], "c.jpg", "not a readable image")
+
+
 def test_images_without_a_mask_are_found_at_once(tree):
     for k in range(7):
         save_image(tree / "images" / "train" / f"bare{k}.png")

@@ -155,3 +155,50 @@ def test_masks_of_few_bits_are_read_as_stored(tmp_path):
     datasets.Dataset.from_dict(columns, features).save_to_disk(str(tmp_path / "d"))
     data = open_dataset("hub", str(tmp_path / "d"), "train", CLASSES)
     assert data[0].label.tolist() == [[0, 1, 2, 1]]
+
+
+def single(folder, split):
+    """A table on its own, as `load_dataset(..., split="train").save_to_disk` leaves it."""
+    images, masks = rows(2)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    columns = {"image": [picture(one) for one in images], "label": [picture(one) for one in masks]}
+    datasets.Dataset.from_dict(columns, features, split=split).save_to_disk(str(folder))
+    return str(folder)
+
+
+def test_a_table_on_its_own_is_one_split_and_not_all(tmp_path):
+    """Else a network is scored on what it was trained on."""
+    known, unknown = single(tmp_path / "a", datasets.Split.VALIDATION), single(tmp_path / "b", None)
+    assert len(open_dataset("hub", known, "validation", CLASSES)) == 2
+    assert len(open_dataset("hub", unknown, "train", CLASSES)) == 2
+    for root, held in ((known, "validation"), (unknown, "train")):
+        with pytest.raises(GSKDError, match=f"has no split 'val', it is a table on its own, {held}.*DatasetDict"):
+            open_dataset("hub", root, "val", CLASSES)
+
+
+@pytest.mark.parametrize("kind", ["index", "colour"])
+def test_a_lossy_mask_is_refused(tmp_path, kind):
+    file = io.BytesIO()
+    Image.fromarray(rows(1)[1][0]).save(file, "JPEG")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    columns = {"image": [picture(rows(1)[0][0])], "label": [{"bytes": file.getvalue(), "path": None}]}
+    datasets.Dataset.from_dict(columns, features).save_to_disk(str(tmp_path / "d"))
+    options = {**CLASSES, "mask_kind": kind, "palette": [[0, 0, 0], [1, 1, 1], [2, 2, 2]]}
+    data = open_dataset("hub", str(tmp_path / "d"), "train", options)
+    with pytest.raises(GSKDError, match="row-000000: label: the mask is JPEG.*change labels"):
+        data[0]
+
+
+def test_values_beyond_sixteen_bits_are_named(tmp_path):
+    mask = np.array([[0, 70000], [1, 2]], np.int32)
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "TIFF")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    columns = {
+        "image": [picture(np.zeros((2, 2, 3), np.uint8))],
+        "label": [{"bytes": file.getvalue(), "path": None}],
+    }
+    datasets.Dataset.from_dict(columns, features).save_to_disk(str(tmp_path / "d"))
+    data = open_dataset("hub", str(tmp_path / "d"), "train", CLASSES)
+    with pytest.raises(GSKDError, match="row-000000: label values outside the 3 classes .* 70000 in 1 pixel"):
+        data[0]

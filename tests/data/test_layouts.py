@@ -206,6 +206,7 @@ def test_colours_tell_the_class(tmp_path):
         ("name,value\nroad,1\ncar,1\n", "value 1 stands for more than one class"),
         ("name,value\nroad,1\nroad,2\n", "names road more than once"),
         ("name,red,green,blue\nroad,1,2,300\ncar,1,1,1\n", "line 2: blue: expected a whole number from 0 to 255"),
+        ("name,value\nroad,1\ncar,2\n,2\n", "value 2 stands for car and is ignored too"),
         ("name,value\nroad\ncar,2\n", "line 2: value: expected a whole number"),
         ("name\nroad\n", "found 1, expected 2 to 254"),
     ],
@@ -215,3 +216,9 @@ def test_a_broken_file_of_classes_says_where(tmp_path, text, part):
         legend(tmp_path, text)
     assert part in str(caught.value)
     assert "classes.csv" in str(caught.value)
+
+
+def test_a_colour_is_a_class_or_ignored_and_not_both(tmp_path):
+    """What is ignored won without a word, and a class was learned by nobody."""
+    with pytest.raises(GSKDError, match=r"classes\.csv: colour \(4, 5, 6\) stands for car and is ignored too"):
+        legend(tmp_path, "name,red,green,blue\nroad,1,2,3\ncar,4,5,6\n,4,5,6\n", "colour")

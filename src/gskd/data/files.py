@@ -22,6 +22,7 @@ from gskd.errors import GSKDError, count, few, near_names
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MASK_SUFFIXES = (".png",)
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
 # What Pillow's decoders let through for damaged files, beyond OSError.
@@ -61,9 +62,12 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, Pa
 
 
 def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files directly in a folder with one of the endings, sorted, hidden ones left out."""
+    """The files directly in a folder with one of the endings, sorted, hidden ones left out.
+
+    A link that leads nowhere is one too: reading it names it, where leaving it out would make a smaller dataset.
+    """
     found = (p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
-    return sorted(p for p in found if p.is_file())
+    return sorted(p for p in found if p.is_file() or not p.exists())
 
 
 def _missing_folder(folder: Path, what: str) -> str:
@@ -114,13 +118,17 @@ def read_rgb(path: Path | Stored) -> np.ndarray:
     """(H, W, 3) uint8, writable, from any colour mode; transparency is dropped."""
     try:
         with _open(path) as image:
-            if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion would clip at 255
-                grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
-                return np.repeat(grey[:, :, None], 3, axis=2)
-            # From a palette straight to RGB, Pillow warns about transparency.
-            return np.array((image.convert("RGBA") if image.mode == "P" else image).convert("RGB"))
+            return _rgb(image)
     except _DECODE_ERRORS as error:
         raise GSKDError(f"{path}: not a readable image: {_one_line(error)}") from error
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion would clip at 255
+        grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    # From a palette straight to RGB, Pillow warns about transparency.
+    return np.array((image.convert("RGBA") if image.mode == "P" else image).convert("RGB"))
 
 
 def has_orientation(path: Path) -> bool:
@@ -160,6 +168,7 @@ def read_index(path: Path | Stored) -> np.ndarray:
     """(H, W) stored values of a single-channel mask, uint8 to int32; a palette PNG gives its indices."""
     try:
         with _open(path) as image:
+            _refuse_lossy(image, path)
             if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
                 raise GSKDError(
                     f"{path}: the mask is {image.mode}, expected one channel of class indices; "
@@ -175,6 +184,12 @@ def read_index(path: Path | Stored) -> np.ndarray:
     return values // (255 // (2**depth - 1)) if depth < 8 else values
 
 
+def _refuse_lossy(image: Image.Image, path: Path | Stored) -> None:
+    """By the content: a name tells nothing of a file that was renamed, and tables have none."""
+    if image.format in _LOSSY:
+        raise GSKDError(f"{path}: the mask is {image.format}, expected PNG: lossy formats change labels")
+
+
 def _png_bit_depth(path: Path | Stored) -> int:
     if isinstance(path, Stored):
         return path.content[24]
@@ -184,7 +199,14 @@ def _png_bit_depth(path: Path | Stored) -> int:
 
 def read_colour(path: Path | Stored) -> np.ndarray:
     """(H, W) uint32 colours, 0xRRGGBB."""
-    rgb = read_rgb(path).astype(np.uint32)
+    try:
+        with _open(path) as image:
+            _refuse_lossy(image, path)
+            rgb = _rgb(image).astype(np.uint32)
+    except GSKDError:
+        raise
+    except _DECODE_ERRORS as error:
+        raise GSKDError(f"{path}: not a readable mask: {_one_line(error)}") from error
     return rgb[:, :, 0] << 16 | rgb[:, :, 1] << 8 | rgb[:, :, 2]
 
 

@@ -71,6 +71,8 @@ class HubDataset:
 def open_table(place: str, split: str) -> Any:
     """One split of a dataset: a folder that ``save_to_disk`` made, or a name on the hub.
 
+    A single table in a folder is the split that it says it is, train where it says none, and no other.
+
     Raises:
         GSKDError: the package is missing, there is no such dataset here or on the hub, or no such split.
     """
@@ -84,7 +86,12 @@ def open_table(place: str, split: str) -> Any:
     if isinstance(found, library.DatasetDict):
         if split not in found:
             raise GSKDError(f"dataset 'hub': {place} has no split {split!r}, it has {few(list(found))}")
-        found = found[split]
+        return found[split]
+    if Path(place).is_dir() and split != (held := str(found.split or "train")):
+        raise GSKDError(
+            f"dataset 'hub': {place} has no split {split!r}, it is a table on its own, {held}; save a DatasetDict with"
+            " a table for each split"
+        )
     return found
 
 

@@ -38,7 +38,7 @@ class Legend:
         """Stored values, or colours 0xRRGGBB, as a label.
 
         Args:
-            codes: (H, W) integers; a PNG holds at most 16 bits a channel, so none is out of the table's reach.
+            codes: (H, W) integers. Those of a PNG are within the table, 16 bits a channel; other files may hold more.
             path: the mask's, for the error.
 
         Returns:
@@ -47,6 +47,9 @@ class Legend:
         Raises:
             GSKDError: a value is neither a class nor ignored; the most frequent ones are named and counted.
         """
+        if codes.dtype.itemsize > 2 and (codes.min(initial=0) < 0 or codes.max(initial=0) >= len(self.table)):
+            outside = (codes < 0) | (codes >= len(self.table))
+            raise GSKDError(self._unknown(path, codes[outside]))
         label: np.ndarray = self.table[codes]
         unknown = label == _UNKNOWN
         if unknown.any():
@@ -147,9 +150,16 @@ def read_legend(path: Path, mask_kind: str = "index") -> Legend:
         classes = _checked_classes(names)
         palette = _checked_colours(colours, "palette") if own_colours else _colour_map(len(classes))
         if mask_kind == "colour":
+            for colour in ignored_colours:
+                if colour in colours:
+                    raise GSKDError(
+                        f"colour {tuple(colour)} stands for {classes[colours.index(colour)]} and is ignored too"
+                    )
             table = _colour_table(palette, _checked_colours(ignored_colours, "ignored"))
         else:
             known = [value for value, _ in values]
+            if both := [value for value in ignored if value in known]:
+                raise GSKDError(f"value {both[0]} stands for {classes[known.index(both[0])]} and is ignored too")
             if twice := [str(value) for value in known if known.count(value) > 1]:
                 raise GSKDError(f"value {twice[0]} stands for more than one class")
             table = _index_table(values, ignored or [value for value in (IGNORE,) if value not in known])
