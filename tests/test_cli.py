@@ -347,6 +347,13 @@ def test_data_check_of_good_data(tiny):
     assert all(name in said.out for name in CAMVID.classes)
 
 
+def test_data_check_says_where_splits_share_images(tiny):
+    said = gskd_ok("data", "check", tiny.recipe, "data.val=train")
+    assert "train: 4 of 32 x 48" in said.out
+    assert "data.train and data.val are both train" in said.out
+    assert "also in" not in gskd_ok("data", "check", tiny.recipe, "data.test=test").out
+
+
 # --- demo, help, shipped recipes, camvid ---
 
 

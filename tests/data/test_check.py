@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from gskd.data import IGNORE, Sample
-from gskd.data.check import check_dataset
+from gskd.data.check import check_dataset, shared_images
 from gskd.data.datasets import Cached, open_dataset
 from gskd.data.layouts import folder_pairs
 from gskd.data.legend import make_legend
@@ -93,6 +93,24 @@ def test_a_split_without_any_label_is_a_problem(broken):
     report = check_dataset(Unlabelled(broken))
     assert report.problems[-1].startswith("no sample has a labelled pixel: ")
     assert not any("without a labelled pixel" in note for note in report.notes)
+
+
+def test_images_in_two_splits_are_found_by_what_they_show(tmp_path):
+    """Copied, renamed and in another format: a network that is scored on what it has learned looks too good."""
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (4, 6, 3), np.uint8) for _ in range(3)]
+    reports = {}
+    for split, shown in {"train": pictures[:2], "val": pictures[1:], "test": pictures[2:]}.items():
+        for index, picture in enumerate(shown):
+            for kind, pixels in (("images", picture), ("masks", np.zeros((4, 6), np.uint8))):
+                (tmp_path / split / kind).mkdir(parents=True, exist_ok=True)
+                suffix = "bmp" if (split, kind) == ("val", "images") else "png"
+                Image.fromarray(pixels).save(tmp_path / split / kind / f"{split}{index}.{suffix}")
+        data = folder_pairs(tmp_path / split / "images", tmp_path / split / "masks", make_legend(("road", "sky")))
+        reports[split] = check_dataset(data)
+    assert shared_images(reports["train"], reports["val"]) == ("val0",)
+    assert shared_images(reports["val"], reports["test"]) == ("test0",)
+    assert shared_images(reports["train"], reports["test"]) == ()
 
 
 def test_progress_counts_every_sample(broken):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gskd.cli.options import AllowImports, Overrides, RecipeName, console
-from gskd.errors import GSKDError, count
+from gskd.errors import GSKDError, count, few
 
 
 def init(
@@ -36,7 +37,7 @@ def check_data(recipe: RecipeName, overrides: Overrides = None) -> None:
     Exits 2 if there is a problem, after naming all of them.
     """
     from gskd.assembly import open_split
-    from gskd.data.check import check_dataset
+    from gskd.data.check import check_dataset, shared_images
     from gskd.progress import Progress
     from gskd.recipe import load_recipe
 
@@ -61,6 +62,12 @@ def check_data(recipe: RecipeName, overrides: Overrides = None) -> None:
         console.print(f"{split}: {sizes}", markup=False, soft_wrap=True)
         for line in [*report.notes, *report.problems]:
             console.print(f"{split}: {line}", markup=False, soft_wrap=True)
+    if loaded.data.train == loaded.data.val:
+        console.print(f"data.train and data.val are both {loaded.data.val}: scores are of what was learned", markup=False)
+    for (one, first), (other, second) in itertools.combinations(reports.items(), 2):
+        if shared := shared_images(first, second):
+            line = f"{other}: {count(len(shared), 'image')} also in {one}: {few(shared)}"
+            console.print(line, markup=False, soft_wrap=True)
     problems = sum(len(report.problems) for report in reports.values())
     if problems:
         raise GSKDError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class DatasetReport:
     """Ignored pixels."""
     void_share: float
     """``void_pixels`` over all pixels; 0 to 1."""
+    digests: dict[bytes, str]
+    """A digest of each image's pixels -> the name of the first sample that shows it."""
 
     @property
     def ok(self) -> bool:
@@ -58,7 +61,7 @@ class DatasetReport:
         return tuple(c.name for c in self.classes if c.pixels == 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report in plain types that JSON can hold; sizes become a list of ``{height, width, images}``."""
+        """The report in plain types that JSON can hold, without digests; sizes become a list of ``{height, width, images}``."""
         return {
             "ok": self.ok,
             "samples": self.samples,
@@ -91,6 +94,7 @@ def check_dataset(dataset: SegmentationDataset, on_progress: Callable[[int, int]
     sizes: Counter[tuple[int, int]] = Counter()
     pixels = np.zeros(256, np.int64)
     images = np.zeros(256, np.int64)
+    shown: dict[bytes, str] = {}
     total = len(dataset)
     for index in range(total):
         try:
@@ -104,6 +108,8 @@ def check_dataset(dataset: SegmentationDataset, on_progress: Callable[[int, int]
             images += counts > 0
             height, width = sample.label.shape
             sizes[height, width] += 1
+            pixels_only = np.ascontiguousarray(sample.image)
+            shown.setdefault(hashlib.blake2b(pixels_only, digest_size=16).digest(), sample.name)
             if counts[IGNORE] == sample.label.size:
                 unlabelled.append(sample.name)
         if on_progress is not None:
@@ -136,7 +142,16 @@ def check_dataset(dataset: SegmentationDataset, on_progress: Callable[[int, int]
         ),
         void_pixels=int(pixels[IGNORE]),
         void_share=float(shares[IGNORE]),
+        digests=shown,
     )
+
+
+def shared_images(first: DatasetReport, second: DatasetReport) -> tuple[str, ...]:
+    """Names of the second split's samples whose image, pixel by pixel, is in the first split too.
+
+    A network that learns from one of the two and is scored on the other looks better than it is.
+    """
+    return tuple(name for digest, name in second.digests.items() if digest in first.digests)
 
 
 def _check_sample(sample: Sample, classes: int) -> None:
