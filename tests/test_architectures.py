@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gskd import Distiller, GSKDError, GSKDLoss, KDLoss, Term, logits_of
 from gskd.architectures import build_model, has_own_weights, require_trusted, without_pretraining
@@ -187,6 +188,12 @@ def test_nobody_downloads_weights_that_others_replace():
         "weights": None,
         "weights_backbone": None,
     }
+    assert without_pretraining("torchvision:fcn_resnet50", {"weights": "DEFAULT"}) == {
+        "aux_loss": True,  # that of the weights, which the run's file holds as well
+        "weights": None,
+        "weights_backbone": None,
+    }
+    assert "aux_loss" not in without_pretraining("torchvision:lraspp_mobilenet_v3_large", {"weights": "DEFAULT"})
     assert without_pretraining("hf:a/b", {}) == {"pretrained": False}
     assert [has_own_weights(name, {}) for name in ("smp:Unet", "torchvision:x", "transformers:x", "hf:x", "a:b")] == [
         False, False, False, True, True
@@ -217,6 +224,42 @@ def test_a_model_of_the_hub_from_a_folder(segformer_folder):
     assert logits_of(head(images)).shape[1] == 3
     with pytest.raises(GSKDError, match="cannot be built with"):
         build_model("hf:nobody/has-this", {})
+
+
+def test_a_model_of_the_hub_is_opened_again_as_it_was_changed(segformer_folder, tmp_path):
+    """What ``args`` change of its configuration is part of the network, also where its weights come from the run."""
+    folder, _ = segformer_folder
+    args = {"decoder_hidden_size": 24, "ignore_mismatched_sizes": True, "semantic_loss_ignore_index": 3}
+    args |= {"hidden_act": "relu"}  # leaves no trace in any shape
+    model = build_model(f"hf:{folder}", args).eval()
+    again = build_model(f"hf:{folder}", without_pretraining(f"hf:{folder}", args)).eval()
+    again.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(logits_of(again(images)), logits_of(model(images)))
+    assert (again.config.hidden_act, again.config.decoder_hidden_size) == ("relu", 24)
+    assert not hasattr(again.config, "ignore_mismatched_sizes")
+
+
+def test_a_teacher_of_the_hub_has_to_be_whole(segformer_folder, tmp_path):
+    """Of an encoder alone the head starts at random: a start for a student, and nothing to learn from."""
+    folder, _ = segformer_folder
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if not k.startswith("decode_head.classifier")}, folder / "model.safetensors"
+    )
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        tmp_path / "run",
+        model={"name": f"hf:{folder}"},
+        teacher={"model": {"name": f"hf:{folder}"}},
+        terms={"kd": {}},
+        train={"steps": 1},
+    )
+    refused = gskd("distill", recipe)
+    assert refused.code == 2
+    reason = "2 tensors not among its weights, and random in a teacher: decode_head.classifier.bias, decode_head"
+    assert refused.err.splitlines()[-1].startswith(f"gskd: model 'hf:{folder}': {reason}")  # below transformers' bars
+    gskd_ok("train", recipe, "teacher=null", "terms={}")
 
 
 def test_a_hub_folder_with_a_pickle_or_code_is_refused(segformer_folder, tmp_path):

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from gskd.errors import GSKDError, described, few, near_names
+from gskd.errors import GSKDError, count, described, few, near_names
 
 IMPORTS_ALLOWED = "GSKD_ALLOW_IMPORTS"
 """The environment variable that lets recipes name code; the command line's --allow-imports sets it."""
@@ -36,14 +36,19 @@ def require_trusted(name: str, where: str) -> None:
         GSKDError: it is an import path, and ``GSKD_ALLOW_IMPORTS`` is not set.
     """
     source, colon, _ = name.partition(":")
-    if colon and source not in _BUILDERS and os.environ.get(IMPORTS_ALLOWED, "") in ("", "0"):
+    if colon and source not in _SOURCES and os.environ.get(IMPORTS_ALLOWED, "") in ("", "0"):
         raise GSKDError(
             f"{where}.name: {name} is Python code that would be run; if you trust it say --allow-imports, or set"
             f" {IMPORTS_ALLOWED}=1"
         )
 
 
-def build_model(name: str, args: Mapping[str, Any] | None = None, num_classes: int | None = None) -> nn.Module:
+def build_model(
+    name: str,
+    args: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    trained: bool = False,
+) -> nn.Module:
     """Makes a network.
 
     Args:
@@ -55,30 +60,40 @@ def build_model(name: str, args: Mapping[str, Any] | None = None, num_classes: i
         num_classes: K. The head is built with it; that of ``hf:`` is as its weights have it, unless ``args`` say
             ``num_labels`` and ``ignore_mismatched_sizes``; an import path gets it only where ``args`` does not fix
             the number of classes and the callable has a parameter called ``num_classes``.
+        trained: it is a teacher, whose weights have to be whole: that of ``hf:`` must not begin with a part at random.
 
     Raises:
-        GSKDError: unknown source, architecture, encoder, module or callable, or arguments that it refuses.
+        GSKDError: unknown source, architecture, encoder, module or callable, or arguments that it refuses; ``trained``,
+            and weights are missing.
     """
     arguments = dict(args or {})
     source, colon, target = name.partition(":")
     if not colon or not source or not target:
-        sources = ", ".join(f"{known}:..." for known in _BUILDERS)
+        sources = ", ".join(f"{known}:..." for known in _SOURCES)
         raise GSKDError(f"model {name!r}: expected smp:Architecture or package.module:callable; known: {sources}")
     build = _BUILDERS.get(source)
-    model = build(target, arguments, num_classes) if build else _build_import(source, target, arguments, num_classes)
+    if source == "hf":
+        model = _build_hf(target, arguments, trained)
+    elif build is not None:
+        model = build(target, arguments, num_classes)
+    else:
+        model = _build_import(source, target, arguments, num_classes)
     if not isinstance(model, nn.Module):
         raise GSKDError(f"model {name!r}: expected an nn.Module, {target} returned {type(model).__name__}")
     return model
 
 
 def without_pretraining(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a model whose weights are about to be loaded: nobody must download others first."""
+    """Arguments of the same network whose weights are about to be loaded: nobody must download others first."""
     none: dict[str, dict[str, Any]] = {
         "smp": {"encoder_weights": None},
         "torchvision": {"weights": None, "weights_backbone": None},
         "hf": {"pretrained": False},
     }
-    return {**args, **none.get(name.partition(":")[0], {})}
+    source, _, target = name.partition(":")
+    # With ``weights`` torchvision adds an auxiliary head on its own where the function has one.
+    implied = {"aux_loss": True} if source == "torchvision" and args.get("weights") and _has_aux(target) else {}
+    return {**implied, **args, **none.get(source, {})}
 
 
 def has_own_weights(name: str, args: Mapping[str, Any]) -> bool:
@@ -150,6 +165,14 @@ def _build_torchvision(function: str, arguments: dict[str, Any], num_classes: in
     return _call(f"torchvision:{function}", lambda **rest: get_model(function, **rest), arguments)
 
 
+def _has_aux(function: str) -> bool:
+    import gskd._torchvision  # noqa: F401 (lets torchvision be imported)
+
+    from torchvision.models import get_model_builder, list_models, segmentation  # isort: skip
+
+    return function in list_models(module=segmentation) and _takes(get_model_builder(function), "aux_loss")
+
+
 def _build_transformers(model_type: str, arguments: dict[str, Any], num_classes: int | None) -> Any:
     transformers = _transformers(f"transformers:{model_type}")
     kind = _segmenter(transformers, model_type, f"transformers:{model_type}")
@@ -161,23 +184,37 @@ def _build_transformers(model_type: str, arguments: dict[str, Any], num_classes:
     return _call(f"transformers:{model_type}", build, arguments)
 
 
-def _build_hf(name: str, arguments: dict[str, Any], num_classes: int | None) -> Any:
+def _build_hf(name: str, arguments: dict[str, Any], trained: bool) -> Any:
     """With safetensors only, and no code of the hub's: both are what could run somebody else's program here."""
     transformers = _transformers(f"hf:{name}")
     if forbidden := {"trust_remote_code", "use_safetensors", "weights_only"} & arguments.keys():
         raise GSKDError(f"model 'hf:{name}': args {few(sorted(forbidden))}: code and pickles of the hub are not loaded")
-    name = os.path.expanduser(name)
+    place = os.path.expanduser(name)
+    without: list[str] = []
 
     def build(pretrained: bool = True, **rest: Any) -> Any:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        # What is no part of the configuration says how to load, and nothing of how to build.
+        config, _ = transformers.AutoConfig.from_pretrained(
+            place, trust_remote_code=False, return_unused_kwargs=True, **rest
+        )
         kind = _segmenter(transformers, config.model_type, f"hf:{name}")
-        if pretrained:
-            return kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False, **rest)
-        for key in {"num_labels", "id2label"} & rest.keys():
-            setattr(config, key, rest[key])
-        return kind.from_config(config)
+        if not pretrained:
+            return kind.from_config(config)
+        model, loaded = kind.from_pretrained(
+            place, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **rest
+        )
+        # Buffers may be computed; mismatched keys come with their two shapes.
+        fresh = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
+        without.extend(key for key, _ in model.named_parameters() if key in fresh)
+        return model
 
-    return _call(f"hf:{name}", build, arguments)
+    model = _call(f"hf:{name}", build, arguments)
+    if trained and without:
+        raise GSKDError(
+            f"model 'hf:{name}': {count(len(without), 'tensor')} not among its weights, and random in a teacher:"
+            f" {few(sorted(without))}"
+        )
+    return model
 
 
 def _segmenter(transformers: Any, model_type: str, name: str) -> Any:
@@ -196,8 +233,8 @@ _BUILDERS = {
     "smp": _build_smp,
     "torchvision": _build_torchvision,
     "transformers": _build_transformers,
-    "hf": _build_hf,
 }
+_SOURCES = (*_BUILDERS, "hf")
 
 
 def _transformers(name: str) -> Any:

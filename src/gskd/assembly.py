@@ -108,7 +108,7 @@ def build_recipe_model(spec: ModelRecipe, data: SegmentationDataset, where: str,
     """The network a recipe names, with its weights, checked to give one logit per class on images of ``size``."""
     require_trusted(spec.name, where)
     if spec.weights is None:
-        model = build_model(spec.name, spec.args, len(data.classes))
+        model = build_model(spec.name, spec.args, len(data.classes), trained=where == "teacher.model")
     else:
         model = build_model(spec.name, without_pretraining(spec.name, spec.args), len(data.classes))
         weights = Run(Path(spec.weights).expanduser())

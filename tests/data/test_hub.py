@@ -185,7 +185,7 @@ def test_a_lossy_mask_is_refused(tmp_path, kind):
     datasets.Dataset.from_dict(columns, features).save_to_disk(str(tmp_path / "d"))
     options = {**CLASSES, "mask_kind": kind, "palette": [[0, 0, 0], [1, 1, 1], [2, 2, 2]]}
     data = open_dataset("hub", str(tmp_path / "d"), "train", options)
-    with pytest.raises(GSKDError, match="row-000000: label: the mask is JPEG.*change labels"):
+    with pytest.raises(GSKDError, match=r"row-000000: label: the mask is JPEG.*change labels"):
         data[0]
 
 
@@ -200,5 +200,5 @@ def test_values_beyond_sixteen_bits_are_named(tmp_path):
     }
     datasets.Dataset.from_dict(columns, features).save_to_disk(str(tmp_path / "d"))
     data = open_dataset("hub", str(tmp_path / "d"), "train", CLASSES)
-    with pytest.raises(GSKDError, match="row-000000: label values outside the 3 classes .* 70000 in 1 pixel"):
+    with pytest.raises(GSKDError, match=r"row-000000: label values outside the 3 classes .* 70000 in 1 pixel"):
         data[0]

@@ -63,7 +63,9 @@ def check_data(recipe: RecipeName, overrides: Overrides = None) -> None:
         for line in [*report.notes, *report.problems]:
             console.print(f"{split}: {line}", markup=False, soft_wrap=True)
     if loaded.data.train == loaded.data.val:
-        console.print(f"data.train and data.val are both {loaded.data.val}: scores are of what was learned", markup=False)
+        console.print(
+            f"data.train and data.val are both {loaded.data.val}: scores are of what was learned", markup=False
+        )
     for (one, first), (other, second) in itertools.combinations(reports.items(), 2):
         if shared := shared_images(first, second):
             line = f"{other}: {count(len(shared), 'image')} also in {one}: {few(shared)}"

@@ -61,7 +61,7 @@ class DatasetReport:
         return tuple(c.name for c in self.classes if c.pixels == 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report in plain types that JSON can hold, without digests; sizes become a list of ``{height, width, images}``."""
+        """Plain types that JSON can hold, without the digests; sizes become a list of ``{height, width, images}``."""
         return {
             "ok": self.ok,
             "samples": self.samples,
@@ -108,8 +108,7 @@ def check_dataset(dataset: SegmentationDataset, on_progress: Callable[[int, int]
             images += counts > 0
             height, width = sample.label.shape
             sizes[height, width] += 1
-            pixels_only = np.ascontiguousarray(sample.image)
-            shown.setdefault(hashlib.blake2b(pixels_only, digest_size=16).digest(), sample.name)
+            shown.setdefault(hashlib.blake2b(sample.image.tobytes(), digest_size=16).digest(), sample.name)
             if counts[IGNORE] == sample.label.size:
                 unlabelled.append(sample.name)
         if on_progress is not None:
