@@ -9,11 +9,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from gskd import GSKDError
+from gskd.architectures import build_model
 from gskd.data.datasets import open_dataset
 from gskd.evaluation import Inference, predict
+from gskd.export import Deployed
 from gskd.run import Run, inference_of
 from gskd.sharing import PretrainedStudent, share_run
-from helpers import assert_refused, gskd, gskd_ok
+from helpers import assert_refused, gskd, gskd_ok, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,27 @@ def test_the_card_names_no_place_of_the_machine(tiny, tmp_path):
     card = (tmp_path / "shared" / "README.md").read_text()
     assert "weights: plain" in card
     assert "x.csv" in card
+
+
+def test_a_network_of_a_local_folder_travels_without_it(tmp_path, monkeypatch):
+    """Whoever takes the student has no such folder, and need not know of it."""
+    pytest.importorskip("transformers", reason="needs the extra transformers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    small = {"hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1]}
+    base = build_model("transformers:segformer", {**small, "decoder_hidden_size": 16}, 11)
+    base.save_pretrained(tmp_path / "secret" / "base")
+    model = {"name": f"hf:{tmp_path}/secret/base", "args": {"hidden_act": "relu"}}
+    gskd_ok("train", write_recipe(tmp_path / "r.yaml", tmp_path / "run", model=model, train={"steps": 1}))
+    share_run(Run(tmp_path / "run"), tmp_path / "shared")
+    (tmp_path / "secret").rename(tmp_path / "gone")
+    student = PretrainedStudent.from_pretrained(tmp_path / "shared")
+    assert student.network.model.config.hidden_act == "relu"
+    (tmp_path / "gone").rename(tmp_path / "secret")
+    image = torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
+    expected = Deployed(Run(tmp_path / "run").load_model(), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).eval()
+    assert torch.equal(student(image), expected(image))
+    for file in ("README.md", "config.json"):
+        assert "secret" not in (tmp_path / "shared" / file).read_text()
 
 
 def test_a_weight_that_is_missing_is_an_error(folder, tmp_path):

@@ -95,9 +95,11 @@ class PretrainedStudent(
         """
         recipe = run.load_recipe()
         inference, info = inference_of(recipe), run.info()
+        model = run.load_model(recipe)
+        name, args = _architecture(recipe.model, model)
         student = cls(
-            name=recipe.model.name,
-            args=without_pretraining(recipe.model.name, recipe.model.args),
+            name=name,
+            args=args,
             classes=list(info["classes"]),
             palette=[list(colour) for colour in info["palette"]],
             mean=list(inference.mean),
@@ -109,7 +111,7 @@ class PretrainedStudent(
             overlap=inference.overlap,
             facts=_facts(run, recipe, licence),
         )
-        student.network.model = run.load_model(recipe)
+        student.network.model = model
         return student
 
     def forward(self, image: Tensor) -> Tensor:
@@ -199,8 +201,32 @@ def share_run(run: Run, output: Path, licence: str | None = None, push: str | No
             raise GSKDError(f"hub {push}: {reason}; the folder {output} is complete") from None
 
 
+def _architecture(spec: ModelRecipe, model: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Name and arguments that build the network where nothing but the shared folder is.
+
+    The configuration of ``hf:`` stands in a folder of this machine, or on a hub where it may change.
+    """
+    if not spec.name.startswith("hf:"):
+        return spec.name, without_pretraining(spec.name, spec.args)
+    config: dict[str, Any] = model.config.to_diff_dict()  # type: ignore[operator, union-attr]
+    kind = config.pop("model_type")
+    for key in ("transformers_version", "architectures", "dtype", "id2label", "label2id", "_name_or_path"):
+        config.pop(key, None)
+    return f"transformers:{kind}", config
+
+
 def _public(model: ModelRecipe) -> ModelRecipe:
-    return replace(model, weights=model.weights and Path(model.weights).name, args=_anywhere(model.args))
+    return replace(
+        model,
+        name=_public_name(model.name),
+        weights=model.weights and Path(model.weights).name,
+        args=_anywhere(model.args),
+    )
+
+
+def _public_name(name: str) -> str:
+    source, colon, place = name.partition(":")
+    return source + colon + _anywhere(place) if source == "hf" else name
 
 
 def _anywhere(value: Any) -> Any:
@@ -220,7 +246,7 @@ def _facts(run: Run, recipe: Recipe, licence: str | None) -> dict[str, Any]:
     teacher = None
     if distilled and recipe.teacher is not None:
         spec = recipe.teacher.model
-        teacher = spec.name if spec is not None else Path(recipe.teacher.run or "").name
+        teacher = _public_name(spec.name) if spec is not None else Path(recipe.teacher.run or "").name
     # Where things stood on the machine that trained it is nobody else's business.
     data = replace(recipe.data, root=None, options=_anywhere(recipe.data.options))
     public = replace(recipe, output=run.path.resolve().name, data=data, model=_public(recipe.model))
