@@ -144,13 +144,19 @@ class Head(nn.Module):
 
 
 def test_check_classes_leaves_the_model_as_it_was() -> None:
-    for shape, error in {(1, 4, 8, 8): None, (1, 5, 8, 8): GSKDError, (): GSKDError, (1, 4): GSKDError}.items():
+    reasons = {
+        (1, 4, 8, 8): None,
+        (1, 5, 8, 8): r"logits of shape \(1, 5, 8, 8\); expected \(B, 4",
+        (): "broken",
+        (1, 4): r"logits of shape \(1, 4\); expected \(B, 4",
+    }
+    for shape, reason in reasons.items():
         model = Head(shape)
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        if error is None:
+        if reason is None:
             check_classes(model, 4, "model 'x'")
         else:
-            with pytest.raises(error, match=r"broken|4"):
+            with pytest.raises(GSKDError, match=reason):
                 check_classes(model, 4, "model 'x'")
         assert (model.training, model.norm.training, model.other.training) == (True, True, False)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -217,7 +223,7 @@ def test_misfit_is_refused_in_full_and_changes_nothing(tmp_path: Path) -> None:
         "a.safetensors",
         "2 missing (0.bias, 1.running_var)",
         "1 unexpected (2.extra)",
-        "1 of another shape (0.weight: (4, 3, 3, 3) in the file, (4, 3, 1, 1) in the model)",
+        "1 of another shape or kind (0.weight: (4, 3, 3, 3) in the file, (4, 3, 1, 1) in the model)",
     ):
         assert part in str(caught.value)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -234,6 +240,16 @@ def test_weights_may_be_read_by_whom_other_new_files_may(tmp_path: Path) -> None
     save_weights(net(), tmp_path / "a.safetensors")
     (tmp_path / "other").touch()
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
+    """Of a quantised network: cast to float they fit, and mean nothing without their scales."""
+    tensors = {**net().state_dict(), "0.weight": torch.ones(4, 3, 1, 1, dtype=torch.int8)}
+    write_tensors(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(GSKDError, match=r"1 of another shape or kind \(0.weight: int8 in the file, float32"):
+        load_weights(net(), tmp_path / "a.safetensors")
+    write_tensors({k: v.half() if v.is_floating_point() else v for k, v in net().state_dict().items()}, tmp_path / "h")
+    assert load_weights(net(), tmp_path / "h").ok
 
 
 def test_what_fits_is_loaded_where_asked(tmp_path: Path) -> None:
@@ -302,7 +318,7 @@ def test_a_folder_that_is_not_there_or_is_a_file(tmp_path: Path) -> None:
 
 def test_reports_are_plain() -> None:
     report = models.WeightsReport(("a",), (), ("b: (1,) in the file, (2,) in the model",))
-    assert str(report) == "1 missing (a); 1 of another shape (b: (1,) in the file, (2,) in the model)"
+    assert str(report) == "1 missing (a); 1 of another shape or kind (b: (1,) in the file, (2,) in the model)"
     assert json.dumps(report.missing)
 
 

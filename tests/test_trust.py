@@ -15,7 +15,7 @@ from gskd.architectures import build_model
 from gskd.conversion import convert_weights
 from gskd.models import load_weights
 from gskd.recipe import load_recipe
-from helpers import TINY_UNET, assert_refused, gskd, gskd_ok, spawn, write_recipe
+from helpers import TINY_UNET, assert_refused, gskd, gskd_ok, snapshot, spawn, write_recipe
 
 MODULE = """
 import pathlib, torch
@@ -114,6 +114,10 @@ def test_a_pickle_is_not_loaded(tiny, tmp_path, suffix):
             ["--key=nets.ema", "--strip=net."],
         ),
         (lambda state: {"teacher": state, "student": {}}, ["--key=teacher"]),
+        # As the documentation says it, although that prefix comes off by itself.
+        (lambda state: {f"module.{key}": value for key, value in state.items()}, ["--strip=module."]),
+        (lambda state: {f"module.net.{key}": value for key, value in state.items()}, ["--strip=net."]),
+        (lambda state: {f"net.module.{key}": value for key, value in state.items()}, ["--strip=net."]),
     ],
 )
 def test_weights_of_torch_save_become_safetensors(tmp_path, wrap, options):
@@ -127,6 +131,33 @@ def test_weights_of_torch_save_become_safetensors(tmp_path, wrap, options):
     before = (tmp_path / "w.safetensors").read_bytes()
     assert_refused(gskd("convert", tmp_path / "w.pth", "-o", tmp_path / "w.safetensors", *options), "exists already")
     assert (tmp_path / "w.safetensors").read_bytes() == before
+
+
+def test_tensors_that_stand_deeper_are_named_where_they_are_left_out(tmp_path):
+    content = {"w": torch.ones(1), "ema": {"decay": 0.9, "shadow": {"w": torch.ones(1)}}, "step": 3}
+    torch.save(content, tmp_path / "w.pth")
+    said = gskd_ok("convert", tmp_path / "w.pth", "-o", tmp_path / "w.safetensors").out
+    assert "1 tensor" in said
+    assert "left out: ema.shadow" in said
+    assert list(load_file(tmp_path / "w.safetensors")) == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [
+        (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "quantised"),
+        (lambda: torch.eye(2).to_sparse(), "sparse"),
+        (lambda: torch.ones(2, device="meta"), "without its values"),
+        (lambda: torch.ones(2, dtype=torch.complex128), "complex128"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
+def test_a_tensor_that_safetensors_cannot_hold_is_named(tmp_path, tensor, what):
+    torch.save({"a": torch.ones(1), "layer.weight": tensor()}, tmp_path / "w.pth")
+    before = snapshot(tmp_path)
+    refused = gskd("convert", tmp_path / "w.pth", "-o", tmp_path / "w.safetensors")
+    assert_refused(refused, "w.pth: layer.weight", what)
+    assert snapshot(tmp_path) == before
 
 
 def test_what_cannot_be_converted_says_why(tmp_path):

@@ -81,7 +81,7 @@ class WeightsReport:
     unexpected: tuple[str, ...]
     """Keys of the file that the model lacks."""
     misshapen: tuple[str, ...]
-    """``key: shape in the file, shape in the model``."""
+    """``key: shape in the file, shape in the model``; or the types, where one holds whole numbers and one does not."""
 
     @property
     def ok(self) -> bool:
@@ -93,7 +93,7 @@ class WeightsReport:
         for title, keys in {
             "missing": self.missing,
             "unexpected": self.unexpected,
-            "of another shape": self.misshapen,
+            "of another shape or kind": self.misshapen,
         }.items():
             if keys:
                 parts.append(f"{len(keys)} {title} ({few(keys)})")
@@ -116,20 +116,27 @@ def load_weights(model: nn.Module, path: str | Path, strict: bool = True) -> Wei
     """
     found = read_tensors(path)
     own = model.state_dict()
-    misshapen = {key for key in own.keys() & found.keys() if own[key].shape != found[key].shape}
+    misshapen = {key: pair for key in own if key in found and (pair := _difference(found[key], own[key])) is not None}
     report = WeightsReport(
         missing=tuple(key for key in own if key not in found),
         unexpected=tuple(key for key in found if key not in own),
         misshapen=tuple(
-            f"{key}: {tuple(found[key].shape)} in the file, {tuple(own[key].shape)} in the model"
-            for key in own
-            if key in misshapen
+            f"{key}: {theirs} in the file, {ours} in the model" for key, (theirs, ours) in misshapen.items()
         ),
     )
     if strict and not report.ok:
         raise GSKDError(f"weights {path}: do not fit {type(model).__name__}: {report}")
     model.load_state_dict({k: v for k, v in found.items() if k in own and k not in misshapen}, strict=False)
     return report
+
+
+def _difference(found: Tensor, own: Tensor) -> tuple[str, str] | None:
+    """Why a tensor of a file is not one of the model; halves and doubles are, whole numbers are no weights."""
+    if found.shape != own.shape:
+        return str(tuple(found.shape)), str(tuple(own.shape))
+    if found.is_floating_point() != own.is_floating_point():
+        return str(found.dtype).removeprefix("torch."), str(own.dtype).removeprefix("torch.")
+    return None
 
 
 def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -181,6 +188,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Map
         os.chmod(partial, mode)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):  # nothing was begun where the folder itself is missing or a file
-            partial.unlink()
         raise GSKDError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        with contextlib.suppress(OSError):  # replaced, or never begun where the folder is missing or a file
+            partial.unlink()

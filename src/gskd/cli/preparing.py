@@ -123,8 +123,11 @@ def convert(
     """
     from gskd.conversion import convert_weights
 
-    tensors = convert_weights(weights, output, key, strip)
-    console.print(f"{output}: {count(tensors, 'tensor')}", markup=False, soft_wrap=True)
+    made = convert_weights(weights, output, key, strip)
+    console.print(f"{output}: {count(made.tensors, 'tensor')}", markup=False, soft_wrap=True)
+    if made.left_out:
+        line = f"left out: {few(made.left_out)}; --key takes one of them instead"
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def cache_build(recipe: RecipeName, overrides: Overrides = None, allow_imports: AllowImports = False) -> None:
