@@ -148,7 +148,7 @@ def test_check_classes_leaves_the_model_as_it_was() -> None:
         (1, 4, 8, 8): None,
         (1, 5, 8, 8): r"logits of shape \(1, 5, 8, 8\); expected \(B, 4",
         (): "broken",
-        (1, 4): r"logits of shape \(1, 4\); expected \(B, 4",
+        (1, 4): r"output Tensor has shape \(1, 4\), expected 4-D",
     }
     for shape, reason in reasons.items():
         model = Head(shape)

@@ -101,7 +101,56 @@ def test_a_public_layout_is_recognised(tmp_path):
     assert yaml.safe_load((tmp_path / "mine" / "student.yaml").read_text())["data"]["dataset"] == "camvid"
 
 
-@pytest.mark.parametrize("case", ["empty", "no folder", "scattered", "colours", "exists", "one class"])
+def test_a_folder_of_other_labels_is_passed_over(tmp_path):
+    """Boxes in text beside masks: the first name that fits is not the one that holds PNGs."""
+    root = folder(tmp_path / "data")
+    for split in ("train", "val"):
+        (root / "masks" / split).rename(root / "masks" / f"old_{split}")
+        (root / "labels" / split).mkdir(parents=True)
+        (root / "labels" / split / "0.txt").write_text("0 0.5 0.5 1 1")
+    (root / "masks").rename(root / "annotations")
+    for split in ("train", "val"):
+        (root / "annotations" / f"old_{split}").rename(root / "annotations" / split)
+    gskd_ok("init", root, "-o", tmp_path / "mine")
+    assert load_recipe(tmp_path / "mine" / "student.yaml").data.options["masks"] == "annotations/{split}"
+
+
+def test_own_data_in_the_folders_of_camvid_is_your_own(tmp_path):
+    """With more values than CamVid has classes."""
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind in (split, f"{split}annot"):
+            (tmp_path / "data" / kind).mkdir(parents=True)
+        Image.fromarray(random.integers(0, 256, (64, 96, 3), np.uint8)).save(tmp_path / "data" / split / "a.png")
+        mask = random.integers(0, 14, (64, 96)).astype(np.uint8)
+        Image.fromarray(mask).save(tmp_path / "data" / f"{split}annot" / "a.png")
+    assert "masks hold 0, 1" in gskd_ok("init", tmp_path / "data", "-o", tmp_path / "mine").out
+    data = load_recipe(tmp_path / "mine" / "student.yaml").data
+    assert (data.dataset, data.options["masks"], len(data.options["classes"])) == ("folder", "{split}annot", 14)
+    gskd_ok("data", "check", tmp_path / "mine" / "student.yaml")
+
+
+@pytest.mark.parametrize("above", ["VOC2012", "VOCdevkit/VOC2012"])
+def test_the_folder_above_a_public_layout_is_recognised(tmp_path, above):
+    base = tmp_path / "data" / above
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (base / name).mkdir(parents=True)
+    Image.new("RGB", (96, 64)).save(base / "JPEGImages" / "a.jpg")
+    Image.new("L", (96, 64)).save(base / "SegmentationClass" / "a.png")
+    for split in ("train", "val"):
+        (base / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("a\n")
+    assert "the layout of voc" in gskd_ok("init", tmp_path / "data", "-o", tmp_path / "mine").out
+    gskd_ok("data", "check", tmp_path / "mine" / "student.yaml")
+
+
+def test_data_whose_place_no_recipe_can_name_leaves_nothing(tmp_path):
+    root = folder(tmp_path / "${x}")
+    before = snapshot(tmp_path)
+    assert gskd("init", root, "-o", tmp_path / "mine").code == 2
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("case", ["empty", "no folder", "scattered", "colours", "exists", "one class", "nothing"])
 def test_refused(tmp_path, case):
     root, out = tmp_path / "data", tmp_path / "mine"
     part = {
@@ -110,12 +159,13 @@ def test_refused(tmp_path, case):
         "scattered": "too scattered to be class indices; write classes.csv there",
         "colours": "the mask is RGB",
         "exists": "mine: exists already",
+        "nothing": "masks hold 255 alone, and 255 counts nowhere",
         "one class": "masks hold 0 and 255, and 255 counts nowhere unless it is named as a class",
     }[case]
     if case == "empty":
         root.mkdir()
     elif case != "no folder":
-        folder(root, values={"scattered": (0, 40, 250), "one class": (0, 255)}.get(case, (0, 1)))
+        folder(root, values={"scattered": (0, 40, 250), "one class": (0, 255), "nothing": (255,)}.get(case, (0, 1)))
     if case == "colours":
         Image.new("RGB", (100, 70)).save(root / "masks" / "train" / "0.png")
     if case == "exists":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from gskd.checkpoint import write_text
 from gskd.data import IGNORE, SegmentationDataset
 from gskd.data.datasets import open_dataset
-from gskd.data.files import list_files, read_index
+from gskd.data.files import MASK_SUFFIXES, list_files, read_index
 from gskd.errors import GSKDError, few
 from gskd.recipe import load_recipe
 
@@ -26,6 +27,8 @@ _PUBLIC = {
     "coco_stuff": ("stuffthingmaps",),
     "voc": ("JPEGImages", "ImageSets/Segmentation"),
 }
+_ABOVE = {"ade20k": ("", "ADEChallengeData2016"), "voc": ("", "VOC2012", "VOCdevkit/VOC2012")}
+"""Where below the root a layout may stand, as its reader takes it too."""
 _IMAGES = ("images", "image", "imgs", "img", "JPEGImages", "rgb")
 _MASKS = ("masks", "mask", "labels", "label", "annotations", "annotation", "gt", "SegmentationClass")
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
@@ -71,24 +74,32 @@ def write_recipes(root: Path, output: Path) -> tuple[Found, list[Path]]:
         output.mkdir(parents=True)
     except OSError as error:
         raise GSKDError(f"init {output}: cannot be made: {error.strerror or error}") from None
-    here, written = output.as_posix(), []
-    for name, template in files.items():
-        text = template.format(
-            data=data,
-            crop=crop,
-            scale=scale,
-            images=len(train),
-            teacher=_quoted(f"{here}/teacher"),
-            student=_quoted(f"{here}/student"),
-            teacher_file=shlex.quote(f"{here}/teacher.yaml"),
-            student_file=shlex.quote(f"{here}/student.yaml"),
-            student_run=shlex.quote(f"{here}/student"),
-            plain_run=shlex.quote(f"{here}/plain"),
-        )
-        write_text(output / name, text)
-        load_recipe(output / name)  # what is written can be read
-        written.append(output / name)
-    return found, written
+    try:
+        return found, [
+            _write(output, name, template, data, crop, scale, len(train)) for name, template in files.items()
+        ]
+    except GSKDError:  # of a place that no recipe can name
+        shutil.rmtree(output)
+        raise
+
+
+def _write(output: Path, name: str, template: str, data: str, crop: list[int], scale: list[float], images: int) -> Path:
+    here = output.as_posix()
+    text = template.format(
+        data=data,
+        crop=crop,
+        scale=scale,
+        images=images,
+        teacher=_quoted(f"{here}/teacher"),
+        student=_quoted(f"{here}/student"),
+        teacher_file=shlex.quote(f"{here}/teacher.yaml"),
+        student_file=shlex.quote(f"{here}/student.yaml"),
+        student_run=shlex.quote(f"{here}/student"),
+        plain_run=shlex.quote(f"{here}/plain"),
+    )
+    write_text(output / name, text)
+    load_recipe(output / name)  # what is written can be read
+    return output / name
 
 
 def look_at(root: Path) -> Found:
@@ -100,18 +111,24 @@ def look_at(root: Path) -> Found:
     if not root.is_dir():
         raise GSKDError(f"init {root}: is no folder")
     for dataset, marks in _PUBLIC.items():
-        if all((root / mark).exists() for mark in marks):
-            return Found(dataset, {}, {"train": "train", "val": "val"}, (f"the layout of {dataset}",))
+        if any(all((root / base / mark).exists() for mark in marks) for base in _ABOVE.get(dataset, ("",))):
+            splits = {"train": "train", "val": "val"}
+            if dataset == "camvid" and not _fits(dataset, root):  # a usual way to name one's own folders, too
+                return _folder(root, ["{split}", "{split}annot"], splits)
+            return Found(dataset, {}, splits, (f"the layout of {dataset}, and its classes",))
+    found: list[tuple[list[str], dict[str, str]]] = []
     for images in _IMAGES:
         for masks in _MASKS:
-            for patterns in ((f"{images}/{{}}", f"{masks}/{{}}"), (f"{{}}/{images}", f"{{}}/{masks}")):
-                splits = {
-                    split: next((n for n in names if all((root / p.format(n)).is_dir() for p in patterns)), None)
+            for pair in ((f"{images}/{{}}", f"{masks}/{{}}"), (f"{{}}/{images}", f"{{}}/{masks}")):
+                names_of = {
+                    split: next((n for n in names if all((root / p.format(n)).is_dir() for p in pair)), None)
                     for split, names in _SPLITS.items()
                 }
-                train, val = splits["train"], splits["val"]
+                train, val = names_of["train"], names_of["val"]
                 if train is not None and val is not None:
-                    return _folder(root, [p.format("{split}") for p in patterns], {"train": train, "val": val})
+                    found.append(([p.format("{split}") for p in pair], {"train": train, "val": val}))
+    if found:  # labels of another kind, boxes in text, may stand beside the masks
+        return _folder(root, *next((one for one in found if _masks(root, *one)), found[0]))
     inside = few(sorted(path.name for path in root.iterdir())) or "nothing"
     raise GSKDError(
         f"init {root}: holds {inside}; expected a public layout, or images/train, masks/train, images/val and masks/val"
@@ -119,8 +136,22 @@ def look_at(root: Path) -> Found:
     )
 
 
+def _fits(dataset: str, root: Path) -> bool:
+    try:
+        train = open_dataset(dataset, str(root), "train", {})
+        for index in range(min(len(train), LOOKED_AT)):
+            train[index]
+    except GSKDError:
+        return False
+    return True
+
+
+def _masks(root: Path, patterns: list[str], splits: dict[str, str]) -> list[Path]:
+    return list_files(root / patterns[1].replace("{split}", splits["train"]), MASK_SUFFIXES)[:LOOKED_AT]
+
+
 def _folder(root: Path, patterns: list[str], splits: dict[str, str]) -> Found:
-    masks = list_files(root / patterns[1].replace("{split}", splits["train"]), (".png",))[:LOOKED_AT]
+    masks = _masks(root, patterns, splits)
     if not masks:
         raise GSKDError(f"init {root}: no PNG mask in {patterns[1].replace('{split}', splits['train'])}")
     options: dict[str, str | list[str]] = {"images": patterns[0], "masks": patterns[1]}
@@ -128,6 +159,8 @@ def _folder(root: Path, patterns: list[str], splits: dict[str, str]) -> Found:
         return Found("folder", {"classes": "classes.csv", **options}, splits, ("classes of classes.csv",))
     values = sorted({int(value) for mask in masks for value in np.unique(read_index(mask))})
     classes = [value for value in values if value != IGNORE]
+    if not classes:
+        raise GSKDError(f"init {root}: masks hold {IGNORE} alone, and {IGNORE} counts nowhere")
     if len(classes) == 1 and IGNORE in values:
         raise GSKDError(
             f"init {root}: masks hold {classes[0]} and {IGNORE}, and {IGNORE} counts nowhere unless it is named as a"
@@ -135,7 +168,7 @@ def _folder(root: Path, patterns: list[str], splits: dict[str, str]) -> Found:
             f" foreground,{IGNORE}"
         )
     notes = [f"masks hold {few(map(str, values))}; {len(masks)} were opened"]
-    count = max(classes, default=0) + 1
+    count = max(classes) + 1
     if count > 3 * len(classes) + 10:
         raise GSKDError(
             f"init {root}: masks hold {few(map(str, values))}, too scattered to be class indices; write classes.csv"
