@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from gskd.data import SegmentationDataset
 from gskd.data.selection import find_unreadable, without
 from gskd.distiller import Distiller
 from gskd.distributed import lost_process_named, rank, sum_over_processes, world_size
+from gskd.environment import peak_memory
 from gskd.errors import GSKDError
 from gskd.evaluation import evaluate, predictions
 from gskd.fast_teacher import TeacherPath, Trial
@@ -164,7 +164,7 @@ def train_model(
             if accelerator.is_main_process:
                 run.discard_if_unused()  # a mistake found in the first step must not block the folder
             raise
-        memory = _peak_memory()  # before scoring, which takes whole images
+        memory = peak_memory()  # before scoring, which takes whole images
         accelerator.wait_for_everyone()  # the first process may still be writing the best weights
         result = _final_scores(recipe, run, student, scored, last, progress, stop)
     result |= {
@@ -298,18 +298,6 @@ def _stop_together(stop: StopRequest) -> None:
     """Waits for all processes; stops all where one was asked to."""
     if stop.agreed():
         raise Stopped("the teacher cache")
-
-
-def _peak_memory() -> float | None:
-    """GiB at the highest: on CUDA that of training, else of this whole process; None where the system is silent."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return float(torch.cuda.max_memory_allocated() / 2**30)
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _final_scores(
