@@ -96,6 +96,12 @@ def test_the_table_is_printed_and_written(compared):
         assert title in text
     assert max(map(len, out[out.index("equal steps") :].splitlines()[:9])) <= 80  # a terminal's width
     assert f"| plain | 2 | {helpers.STEPS} |" in text
+    assert "| s/step | GiB |" in text
+    numbers = [
+        word for line in text.splitlines() if line.startswith("| ") for word in line.split() if word[-1].isdigit()
+    ]
+    assert len(numbers) > 20
+    assert [number for number in numbers if number not in out.split()] == []  # nothing is cut off, but wrapped
 
 
 def test_everybody_gets_the_seconds_of_the_slowest(compared):

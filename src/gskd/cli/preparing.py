@@ -103,7 +103,7 @@ def taps(
     for title, network in named_models(model, arguments or []):
         table = Table(title=escape(f"{title}: {type(network).__name__}, image of {size} x {size}"))
         for column in ("layer", "channels", "height x width", "stride", "auto"):
-            table.add_column(column, justify="left" if column in ("layer", "auto") else "right", no_wrap=True)
+            table.add_column(column, justify="left" if column in ("layer", "auto") else "right", overflow="fold")
         for row in describe_layers(network, size, depth):
             table.add_row(*map(escape, row))
         console.print(table)

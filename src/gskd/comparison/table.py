@@ -254,7 +254,6 @@ def _cells(row: dict[str, Any], split: str) -> dict[str, str]:
 
 _ROUNDS = {"steps": "equal steps", "seconds": "equal seconds"}
 _BY_FREQUENCY = ("rare classes", "common classes")
-_SECOND = ("variant", *_BY_FREQUENCY, "GiB")
 
 
 def _tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -265,7 +264,7 @@ def _tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list
         if not rows:
             continue
         texts = [_cells(row, split) for row in rows]
-        columns = [column for column in texts[0] if column == "variant" or column not in _SECOND]
+        columns = [column for column in texts[0] if column not in _BY_FREQUENCY]
         yield (
             f"{title}: mIoU, and difference to {baseline} on {split}",
             columns,
@@ -291,7 +290,7 @@ def _print(results: dict[str, Any], console: Console) -> None:
     for title, columns, rows in _tables(results):
         table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
         for column in columns:
-            table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
+            table.add_column(column, justify="left" if column == "variant" else "right", overflow="fold")
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
