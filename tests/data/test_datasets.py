@@ -335,6 +335,13 @@ def test_class_limits(tree):
     fails(lambda: pairs(tree, classes=("road", "sky", "road")), "road", "more than once")
 
 
+def test_a_class_called_no_is_asked_to_be_quoted(tree):
+    """YAML reads no, off and null as values; a class named "False" is nobody's."""
+    fails(lambda: pairs(tree, (False, True)), "classes has False", "put the name in quotes")
+    fails(lambda: pairs(tree, ("road", None)), "classes has None", "put the name in quotes")
+    assert pairs(tree, (0, 1, 2)).classes == ("0", "1", "2")
+
+
 def test_highest_class_index_is_not_taken_for_unknown(tree):
     save_mask(tree / "masks" / "train" / "a.png", np.full((3, 4), 253, np.uint8))
     assert (pairs(tree, classes=[f"c{k}" for k in range(254)])[0].label == 253).all()

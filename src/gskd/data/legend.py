@@ -223,7 +223,10 @@ def _colour_map(classes: int) -> np.ndarray:
 
 
 def _checked_classes(classes: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(str(name) for name in listed(classes, "classes"))
+    given = listed(classes, "classes")
+    if read := [name for name in given if name is None or isinstance(name, bool)]:
+        raise GSKDError(f"classes has {read[0]}, which YAML made of a word such as no or null: put the name in quotes")
+    names = tuple(str(name) for name in given)
     if not 2 <= len(names) <= MAX_CLASSES:
         hint = "give the background a class of its own" if len(names) == 1 else "a label is one byte and 255 is ignored"
         raise GSKDError(f"classes: found {len(names)}, expected 2 to {MAX_CLASSES}: {hint}")
