@@ -241,6 +241,7 @@ model:
 teacher:
   run: {teacher}
   precision: auto      # what is fastest here and gives the same as fp32
+  # Where the disk allows, cache (here) and augment.views make a step nearly as cheap as one without a teacher.
   # Or one that you have, with weights made by gskd convert:
   # model:
   #   name: smp:DeepLabV3Plus
