@@ -47,20 +47,18 @@ def peak_memory() -> float | None:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return float(torch.cuda.max_memory_allocated() / 2**30)
     try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if "kB" in rest}
+        # The highest of getrusage would hold that of the process which started this one.
+        return (kib["VmHWM"] - kib["RssFile"]) / 2**20
+    except (OSError, KeyError):
+        pass
+    try:
         import resource
     except ImportError:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - _mapped_files()) / 2**30
-
-
-def _mapped_files() -> int:
-    """Bytes of this process's memory that are pages of files."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssFile:"))
-    except (OSError, StopIteration):
-        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def commit() -> str | None:
