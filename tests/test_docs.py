@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,11 @@ def test_a_command_is_one_that_there_is(page, line):
         load_comparison(named, changes)
 
 
+@cache
+def output_of(verb, name):
+    return str(load_comparison(name).output if verb == "compare" else load_recipe(name).output)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_run_that_is_used_is_one_that_was_made(page):
     """In the commands of a page: what eval, report and the like name is an output of train, distill or compare."""
@@ -71,9 +77,7 @@ def test_a_run_that_is_used_is_one_that_was_made(page):
             changes = [word for word in words if SETTINGS.fullmatch(word)]
             outputs = [word.removeprefix("output=") for word in changes if word.startswith("output=")]
             if not outputs and "/" not in words[1] and words[1].islower():
-                outputs = [
-                    str(load_comparison(words[1]).output if words[0] == "compare" else load_recipe(words[1]).output)
-                ]
+                outputs = [output_of(words[0], words[1])]
             made |= set(outputs)
         elif name == page.name:
             used += [word for word in words if word.startswith("runs/")]

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -283,12 +284,18 @@ def _fits(schema: type, key: str, annotation: str, value: Any) -> bool:
     if annotation.startswith("str") and not isinstance(value, (str, type(None))):
         return False  # OmegaConf would make text of it: 1e3 would become '1000.0', and 007 the text '7'
     try:
-        merged: Any = OmegaConf.merge(OmegaConf.structured(schema), {key: value})
+        merged: Any = OmegaConf.merge(_structured(schema), {key: value})
     except (OmegaConfBaseException, TypeError):  # it raises TypeError for a list where keys and values are due
         return False
     node = merged[key]
     numbers = node if isinstance(node, ListConfig) else [node]
     return all(math.isfinite(number) for number in numbers if isinstance(number, float))
+
+
+@cache
+def _structured(schema: type) -> Any:
+    """Made once: a comparison checks hundreds of fields, and merging copies it anyway."""
+    return OmegaConf.structured(schema)
 
 
 def _wanted(annotation: str) -> str:
